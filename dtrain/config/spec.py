@@ -1,0 +1,186 @@
+"""What each group of choices must answer. One page; the choices themselves live in the plural folders.
+
+A spec is a frozen set of typed values, named by `_target_` in a YAML of `conf/<group>/`. It is cheap to make and to
+import (no torch): what is live is made by its `build`, which only the engine calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as _pydantic_dataclass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dtrain.comm import AbstractComm
+    from dtrain.data.batch import Batch
+    from dtrain.data.rows import Row
+    from dtrain.data.tokenizer import TextTokenizer
+    from dtrain.datasets.base import Example
+    from dtrain.models.base import ModelBundle
+    from dtrain.objectives.base import Loss
+    from dtrain.plan.figures import Figures
+    from dtrain.plan.memory import StateLayout
+    from dtrain.plan.world import Topology, World
+    from dtrain.strategies.base import AbstractStrategy, Optim
+    from dtrain.trackers.base import AbstractTracker
+
+T = TypeVar("T")
+_CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, hide_input_in_errors=False)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def spec(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass whose values are checked and whose unknown keys are refused."""
+    return _pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A process to start: never a shell string."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    """What is added to the environment of the parent."""
+
+
+class AbstractSpec(ABC):
+    group: ClassVar[str] = ""
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values taken together, each as `key: value, reason, way out`; none as a rule."""
+        return []
+
+
+class ModelSpec(AbstractSpec):
+    group = "model"
+
+    @abstractmethod
+    def figures(self) -> Figures:
+        """The architecture in numbers, without a download where the YAML carries them. Raises ModelError."""
+
+    @abstractmethod
+    def assets(self, texts: Callable[[], Iterable[str]], cache: Path) -> Path:
+        """Fetch or make what the build needs (config, tokenizer, weights); returns its folder, which all ranks read.
+
+        Runs once, before any worker, without torch. `texts` yields the training text, for a model whose tokenizer is
+        built from it. The folder has `config.json`, `tokenizer.json` and `tokenizer_config.json`. Raises ModelError.
+        """
+
+    @abstractmethod
+    def build(self, assets: Path, *, seed: int) -> ModelBundle:
+        """The module on the meta device, and where its weights come from. Holds no weights."""
+
+
+class DatasetSpec(AbstractSpec):
+    group = "dataset"
+    max_length: int
+    packing: bool
+
+    @abstractmethod
+    def examples(self) -> Iterator[Example]:
+        """Rows in file order, each in one of the shapes of `datasets.base`. Raises DataError with file and line."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A digest of all that `examples` depends on; cheap enough for every start."""
+
+
+class ObjectiveSpec(AbstractSpec):
+    group = "objective"
+
+    def resolve(self, shape: type[Example]) -> ObjectiveSpec:
+        """The objective to use for rows of this shape: itself, or what `auto` chooses. Raises DataError."""
+        return self
+
+    @abstractmethod
+    def encode(self, example: Example, tokenizer: TextTokenizer) -> Row:
+        """Tokens of one example, and which of them are targets. Raises DataError."""
+
+    @abstractmethod
+    def build(self) -> Callable[[nn.Module, Batch], Loss]:
+        """The loss of one micro-batch, as a sum over targets."""
+
+
+class TuningSpec(AbstractSpec):
+    group = "tuning"
+
+    @abstractmethod
+    def apply(self, bundle: ModelBundle) -> ModelBundle:
+        """Choose what is trained (`requires_grad`), and add what the method adds. The module is on meta."""
+
+    @abstractmethod
+    def num_trainable(self, figures: Figures) -> int:
+        """Parameters that get a gradient; for the memory table."""
+
+
+class OptimSpec(AbstractSpec):
+    group = "optim"
+    lr: float
+    state_bytes: ClassVar[int]
+    """Optimizer state per trainable parameter."""
+
+    @abstractmethod
+    def build(self, named: Iterable[tuple[str, nn.Parameter]], *, fused: bool) -> torch.optim.Optimizer:
+        """The optimizer over these parameters, in groups with and without decay."""
+
+
+class ScheduleSpec(AbstractSpec):
+    group = "schedule"
+    warmup_steps: int
+
+    @abstractmethod
+    def factor(self, step: int, steps: int) -> float:
+        """What the learning rate is multiplied by at optimizer step `step` (from 0) of `steps`."""
+
+
+class StrategySpec(AbstractSpec):
+    group = "strategy"
+
+    def candidates(self) -> Sequence[str]:
+        """Choices of this group to pick the first fitting one from; empty for a choice that stands for itself."""
+        return ()
+
+    @abstractmethod
+    def layout(self, topology: Topology) -> StateLayout:
+        """Over how many ranks each part of the training state is divided, for the memory table."""
+
+    @abstractmethod
+    def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:
+        """The live strategy, before `wrap`."""
+
+
+class LauncherSpec(AbstractSpec):
+    group = "launcher"
+
+    @abstractmethod
+    def topology(self) -> Topology:
+        """Nodes and processes per node, as far as they are known here."""
+
+    @abstractmethod
+    def command(self, run_dir: Path, worker: Sequence[str], topology: Topology) -> Command:
+        """The process that starts `python -m dtrain <worker>` on every rank."""
+
+
+class TrackerSpec(AbstractSpec):
+    group = "tracker"
+
+    @abstractmethod
+    def build(self, run_dir: Path, config: Mapping[str, Any]) -> AbstractTracker:
+        """The live tracker; `config` is the frozen configuration as plain data. Made on rank 0 only."""
+
+
+GROUPS: dict[str, type[AbstractSpec]] = {
+    cls.group: cls
+    for cls in (ModelSpec, DatasetSpec, ObjectiveSpec, TuningSpec, StrategySpec, OptimSpec, ScheduleSpec, LauncherSpec,
+                TrackerSpec)
+}  # fmt: skip
+"""Every group that a YAML with `_target_` may stand in, and what its specs must be."""
+

@@ -1,0 +1,83 @@
+"""The seam: what a parallel strategy does for the engine, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dtrain.config.spec import OptimSpec
+    from dtrain.models.base import ModelBundle
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Optim:
+    """What the update is, settled by the plan; every strategy gives it the same meaning."""
+
+    spec: OptimSpec
+    precision: Precision
+    """Of forward and backward. Master weights, gradient sums over micro-batches and ranks, and optimizer state are fp32."""
+    grad_clip: float
+    """Largest global gradient norm; 0 is off."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """What this rank owns of one parameter: a contiguous flat range of it, as live fp32 views."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    """First element of the range, in the flattened parameter."""
+    views: Mapping[str, torch.Tensor]
+    """1-D: `weight`, and each optimizer state by its name once it exists. Filling a view changes the training state."""
+
+
+class AbstractStrategy(ABC):
+    """Places a model on devices and moves its gradients.
+
+    Contract: after the last micro-batch each gradient is the mean over ranks of that rank's summed loss gradients.
+    No strategy scales a loss; the engine does.
+    """
+
+    module: nn.Module
+    """What is called with a batch."""
+
+    @abstractmethod
+    def wrap(self, bundle: ModelBundle) -> None:
+        """Place, shard and load: from meta to a module that trains. Collective."""
+
+    @abstractmethod
+    def micro(self, *, sync: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch; `sync` on the last one of a step."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """Clip, update, clear the gradients; returns the gradient norm before clipping. Collective.
+
+        Where the norm is not finite nothing is updated.
+        """
+
+    @abstractmethod
+    def shards(self) -> Iterator[Shard]:
+        """What this rank owns of every trainable parameter; used to save and to load."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Bring the compute weights in line with the fp32 masters after `shards` were filled. Collective."""
+
+    @abstractmethod
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter whole, fp32 on the CPU, one at a time, in the module's order. Collective; same on all ranks."""
