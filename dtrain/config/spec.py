@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from dtrain.models.base import ModelBundle
     from dtrain.objectives.base import Loss
     from dtrain.plan.figures import Figures
-    from dtrain.plan.memory import StateLayout
-    from dtrain.plan.world import Topology, World
+    from dtrain.plan.memory import Need, StateBytes
+    from dtrain.plan.machine import Machine
+    from dtrain.plan.world import Device, Topology, World
     from dtrain.strategies.base import AbstractStrategy, Optim
     from dtrain.trackers.base import AbstractTracker
 
@@ -149,8 +150,8 @@ class StrategySpec(AbstractSpec):
         return ()
 
     @abstractmethod
-    def layout(self, topology: Topology) -> StateLayout:
-        """Over how many ranks each part of the training state is divided, for the memory table."""
+    def states(self, need: Need) -> StateBytes:
+        """Training state of one rank, for the memory table."""
 
     @abstractmethod
     def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:
@@ -161,8 +162,8 @@ class LauncherSpec(AbstractSpec):
     group = "launcher"
 
     @abstractmethod
-    def topology(self) -> Topology:
-        """Nodes and processes per node, as far as they are known here."""
+    def topology(self, device: Device, machine: Machine) -> Topology:
+        """Nodes and processes per node. `machine` is where the command is typed. Raises PlanError."""
 
     @abstractmethod
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology) -> Command:

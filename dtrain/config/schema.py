@@ -1,0 +1,134 @@
+"""The closed schema of a run: every key that there is, its type and its default."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dtrain.config.spec import (
+    DatasetSpec,
+    LauncherSpec,
+    ModelSpec,
+    ObjectiveSpec,
+    OptimSpec,
+    ScheduleSpec,
+    StrategySpec,
+    TrackerSpec,
+    TuningSpec,
+    spec,
+)
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+@spec
+class Run:
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+@ -]{0,199}$")] = "demo"
+    """Name of the run; its folder is `run.dir/run.name`."""
+    dir: str = "runs"
+    """Where run folders are; relative to where you type the command. All nodes must see it."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of fresh weights, sample order and dropout."""
+    cache: str | None = None
+    """Where prepared data and tokenizers are kept; `run.dir/.cache` when not given."""
+
+
+@spec
+class Train:
+    steps: Positive | None = None
+    """Optimizer steps; give this or `train.epochs`."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows, as an alternative to `train.steps`."""
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
+    """Of forward and backward; master weights, gradient sums and optimizer state are fp32 in each. `auto` is bf16 on
+    CUDA and fp32 on CPU. fp16 needs CUDA."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 is off."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: far less memory, about a third more time."""
+
+    def problems(self) -> list[str]:
+        if self.steps is not None and self.epochs is not None:
+            return [f"train.steps={self.steps} and train.epochs={self.epochs:g}: one number says how long to train; "
+                    f"set the other to null"]  # fmt: skip
+        if self.steps is None and self.epochs is None:
+            return ["train.steps: not given, and train.epochs neither; set one of them"]
+        return []
+
+
+@spec
+class Batch:
+    global_batch: Positive | None = None
+    """Samples that one optimizer step sees over all ranks, whatever their number."""
+    global_tokens: Positive | None = None
+    """The same in tokens, for packed rows: a multiple of dataset.max_length."""
+    micro_batch: Positive | Literal["auto"] = "auto"
+    """The most samples of one forward on one rank; `auto` is the largest that fits by the memory formula."""
+
+    def problems(self) -> list[str]:
+        if self.global_batch is not None and self.global_tokens is not None:
+            return [f"batch.global_batch={self.global_batch} and batch.global_tokens={self.global_tokens}: one number "
+                    f"says how large a step is; set the other to null"]  # fmt: skip
+        if self.global_batch is None and self.global_tokens is None:
+            return ["batch.global_batch: not given, and batch.global_tokens neither; set one of them"]
+        return []
+
+
+@spec
+class Eval:
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Evaluate on the held-out rows each so many steps, and at the end; 0 is at the end only."""
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the documents that is held out, chosen by a hash of their content; 0 is no eval."""
+    max_rows: Positive | None = None
+    """Evaluate on the first so many held-out rows; all of them when not given."""
+
+
+@spec
+class Checkpoint:
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Reserved for resumable checkpoints; 0 is none. The final weights are always exported."""
+
+    def problems(self) -> list[str]:
+        if self.every_steps:
+            return [f"checkpoint.every_steps={self.every_steps}: this version writes no resumable checkpoints yet, only "
+                    f"the final export; set it to 0"]  # fmt: skip
+        return []
+
+
+@spec
+class Export:
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the exported weights; `auto` is the precision of the training."""
+    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
+    """Largest safetensors file, in 10^9 bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run, valid part by part. Made by `validate`, and by nothing else."""
+
+    model: ModelSpec
+    dataset: DatasetSpec
+    objective: ObjectiveSpec
+    tuning: TuningSpec
+    strategy: StrategySpec
+    optim: OptimSpec
+    schedule: ScheduleSpec
+    launcher: LauncherSpec
+    tracker: dict[str, TrackerSpec]
+    run: Run
+    train: Train
+    batch: Batch
+    eval: Eval
+    checkpoint: Checkpoint
+    export: Export
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute; `auto` is CUDA where a GPU is visible."""
+    device_memory_gb: float | None = None
+    """Memory of one device in GiB, to plan for a machine that is not this one; found out when not given."""
+    plugins: tuple[str, ...] = ()
+    """Your own packages that `_target_` may name; only what is typed on the command line counts."""
+

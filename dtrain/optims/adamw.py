@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from dtrain.config.spec import OptimSpec, spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@spec
+class AdamW(OptimSpec):
+    """AdamW (arXiv 1711.05101): weight decay apart from the gradient."""
+
+    state_bytes: ClassVar[int] = 8
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate; the schedule multiplies it."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """For tensors of two and more dimensions; biases and norms never decay."""
+
+    def build(self, named: Iterable[tuple[str, nn.Parameter]], *, fused: bool) -> torch.optim.Optimizer:
+        import torch
+
+        trained = [param for _, param in named if param.requires_grad]
+        groups = [
+            {"params": [p for p in trained if _ndim(p) >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if _ndim(p) < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+
+
+def _ndim(param: nn.Parameter) -> int:
+    # DeepSpeed leaves an empty tensor in place of a partitioned parameter and keeps the shape beside it.
+    return len(getattr(param, "ds_shape", param.shape))

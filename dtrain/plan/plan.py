@@ -1,0 +1,181 @@
+"""Frozen values to settled numbers. Every number that a run needs is worked out here, once, and read afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from dtrain.config.schema import Config
+from dtrain.config.spec import StrategySpec
+from dtrain.errors import PlanError
+from dtrain.plan.batch import BatchPlan
+from dtrain.plan.figures import Figures
+from dtrain.plan.machine import Machine
+from dtrain.plan.memory import Memory, Need, Shape, estimate
+from dtrain.plan.world import Device, Topology
+
+UNKNOWN_GPU_BYTES = 80 * 2**30
+MICRO_BATCH_CAP = {"cpu": 8, "cuda": 64}
+"""Beyond this a larger forward is no faster; `auto` goes no higher."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    topology: Topology
+    device: Device
+    precision: Literal["fp32", "bf16", "fp16"]
+    strategy: str
+    """Name of the choice in `conf/strategy`."""
+    figures: Figures
+    batch: BatchPlan
+    length: int
+    """Most tokens of one row."""
+    memory: Mapping[str, Memory]
+    """Per rank, by strategy: the chosen one and those it was chosen from."""
+    capacity_bytes: int
+    """Memory of one device; of a rank's share of the machine on CPU."""
+    notes: tuple[str, ...]
+    """What was decided for the user, and why."""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory[self.strategy].total <= self.capacity_bytes
+
+
+def settle_device(config: Config, machine: Machine) -> Device:
+    """Where ranks compute. Raises PlanError."""
+    if config.device == "auto":
+        return "cuda" if machine.gpus else "cpu"
+    return config.device
+
+
+def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
+              strategies: Mapping[str, StrategySpec]) -> Plan:  # fmt: skip
+    """Everything `launch` decides before it looks at the data. Raises PlanError with all that is wrong.
+
+    `name` is the chosen strategy's; `strategies` are all choices, of which `auto` picks and to which the table compares.
+    """
+    notes: list[str] = []
+    device = settle_device(config, machine)
+    precision = _precision(config, device, notes)
+    global_batch = _global_batch(config)
+    figures = config.model.figures()
+    capacity, known = _capacity(config, device, machine, topology)
+    if not known:
+        notes.append("no GPU is visible here: planned for one of 80 GiB; set device_memory_gb for another")
+    if config.dataset.max_length > figures.max_positions:
+        raise PlanError(f"dataset.max_length={config.dataset.max_length}: the model was made for "
+                        f"{figures.max_positions} positions; set it to at most that")  # fmt: skip
+    need = Need(figures, config.tuning.num_trainable(figures), precision, config.optim.state_bytes, topology)
+    room = _Room(config, need, device, capacity, global_batch)
+    concrete = {key: one for key, one in strategies.items() if not one.candidates()}
+    if not config.strategy.candidates():
+        concrete[name] = config.strategy
+    chosen, micro = _choose(config, name, concrete, room, notes)
+    memory = {key: room.memory(one, micro) for key, one in concrete.items()}
+    return Plan(
+        topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size),
+        config.dataset.max_length, memory, capacity, tuple(notes),
+    )  # fmt: skip
+
+
+def num_steps(config: Config, global_batch: int, num_rows: int) -> int:
+    """Optimizer steps of the whole run, once the rows are counted."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    return max(1, math.ceil(config.train.epochs * num_rows / global_batch))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Room:
+    """How much a strategy leaves for micro-batches."""
+
+    config: Config
+    need: Need
+    device: Device
+    capacity: int
+    global_batch: int
+
+    def memory(self, strategy: StrategySpec, micro_batch: int) -> Memory:
+        shape = Shape(micro_batch, self.config.dataset.max_length, self.config.train.activation_checkpointing, self.device)
+        return estimate(self.need, strategy.states(self.need), shape)
+
+    def micro_batch(self, strategy: StrategySpec) -> int | None:
+        """The micro-batch to use, or None where not even the asked one, or one of 1, fits."""
+        asked = self.config.batch.micro_batch
+        share = -(-self.global_batch // self.need.topology.size)
+        if asked != "auto":
+            return asked if self._fits(strategy, min(asked, share)) else None
+        most = min(share, MICRO_BATCH_CAP[self.device])
+        best = next((micro for micro in range(most, 0, -1) if self._fits(strategy, micro)), None)
+        # The same number of forwards with evenly filled ones.
+        return best and -(-share // -(-share // best))
+
+    def _fits(self, strategy: StrategySpec, micro_batch: int) -> bool:
+        return self.memory(strategy, micro_batch).total <= self.capacity
+
+
+def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], room: _Room,
+            notes: list[str]) -> tuple[str, int]:  # fmt: skip
+    """The strategy and the micro-batch."""
+    asked = config.batch.micro_batch
+    least = 1 if asked == "auto" else asked
+    if not config.strategy.candidates():
+        micro = room.micro_batch(config.strategy)
+        if micro is None:
+            micro = least
+            needed = room.memory(config.strategy, micro).total
+            notes.append(f"does not fit by the formula: {needed / 2**30:.1f} GiB a rank of {room.capacity / 2**30:.1f}; "
+                         f"it may run out of memory")  # fmt: skip
+        return name, micro
+    tried = []
+    for key in config.strategy.candidates():
+        if key not in concrete:
+            raise PlanError(f"strategy.order={key}: no such strategy; there are: {', '.join(sorted(concrete))}")
+        micro = room.micro_batch(concrete[key])
+        if micro is not None:
+            why = "the first that fits" + (f"; {', '.join(tried)} would not" if tried else "")
+            notes.append(f"strategy={name} takes {key}: {why}")
+            return key, micro
+        tried.append(f"{key} needs {room.memory(concrete[key], least).total / 2**30:.1f} GiB")
+    raise PlanError(f"strategy={name}: none fits {room.capacity / 2**30:.1f} GiB a rank with a micro-batch of {least}: "
+                    f"{'; '.join(tried)}; use more ranks, train.activation_checkpointing=true, a shorter "
+                    f"dataset.max_length, or name a strategy with offload")  # fmt: skip
+
+
+def _precision(config: Config, device: Device, notes: list[str]) -> Literal["fp32", "bf16", "fp16"]:
+    asked = config.train.precision
+    if asked == "auto":
+        settled: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
+        notes.append(f"train.precision=auto takes {settled} on {device}")
+        return settled
+    if asked == "fp16" and device != "cuda":
+        raise PlanError("train.precision=fp16: loss scaling needs CUDA; use bf16 or fp32 on cpu")
+    return asked
+
+
+def _global_batch(config: Config) -> int:
+    tokens, length = config.batch.global_tokens, config.dataset.max_length
+    if tokens is None:
+        assert config.batch.global_batch is not None
+        return config.batch.global_batch
+    if not config.dataset.packing:
+        raise PlanError(f"batch.global_tokens={tokens}: only packed rows have a fixed number of tokens; set "
+                        f"dataset.packing=true, or batch.global_batch")  # fmt: skip
+    if tokens % length:
+        near = [n for n in (tokens // length * length, (tokens // length + 1) * length) if n]
+        raise PlanError(f"batch.global_tokens={tokens}: not a multiple of dataset.max_length={length}; nearest: "
+                        f"{' or '.join(map(str, near))}")  # fmt: skip
+    return tokens // length
+
+
+def _capacity(config: Config, device: Device, machine: Machine, topology: Topology) -> tuple[int, bool]:
+    """Bytes a rank may use, and whether they are known rather than assumed."""
+    if config.device_memory_gb is not None:
+        return int(config.device_memory_gb * 2**30), True
+    if device == "cpu":
+        return machine.memory_bytes // topology.procs_per_node, True
+    return (machine.gpu_memory_bytes, True) if machine.gpu_memory_bytes else (UNKNOWN_GPU_BYTES, False)

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from dtrain.config.spec import ScheduleSpec, spec
+from dtrain.schedules.base import progress, warmup
+
+
+@spec
+class Cosine(ScheduleSpec):
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where the curve ends, as a share of `optim.lr`."""
+
+    def factor(self, step: int, steps: int) -> float:
+        left = 0.5 * (1.0 + math.cos(math.pi * progress(step, steps, self.warmup_steps)))
+        return warmup(step, self.warmup_steps) * (self.min_factor + (1.0 - self.min_factor) * left)
