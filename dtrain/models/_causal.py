@@ -1,0 +1,191 @@
+"""Causal language models of transformers, built without weights and called without logits."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dtrain.errors import ModelError
+from dtrain.models._head import Head, Logits
+from dtrain.models._weights import FreshWeights, Names, SafetensorsWeights
+from dtrain.models.base import AbstractWeights, ModelBundle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FLASH = ("flash_attention_2", "flash_attention_3")
+
+
+class CausalLM(nn.Module):
+    """A decoder and its head, named as in transformers; gives the sum of the cross-entropy over targets.
+
+    Documents of a packed row do not see each other: their positions restart, and the masks are made from that.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: Head, head_name: str) -> None:
+        super().__init__()
+        self.decoder_name = model.base_model_prefix
+        self.head_name = head_name
+        self.flattens = model.config._attn_implementation in _FLASH
+        self.add_module(self.decoder_name, model.base_model)
+        self.add_module(head_name, head)
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, target_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """fp32 scalar; with no targets 0, and attached to every parameter all the same."""
+        further: dict[str, Any] = {}
+        if self.flattens:
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+            further = _documents(positions)
+        # An attention mask, even of ones, would switch the masks of packed rows off.
+        out = self.get_submodule(self.decoder_name)(
+            input_ids=tokens, attention_mask=None, position_ids=positions, use_cache=False, **further
+        )
+        hidden = out.last_hidden_state
+        return self.get_submodule(self.head_name)(hidden.reshape(-1, hidden.shape[-1])[target_index], target_ids)
+
+
+def _documents(positions: torch.Tensor) -> dict[str, Any]:
+    """Where each document of the flattened row starts, as flash attention wants it; once instead of in every layer."""
+    starts = (positions[0] == 0).nonzero()[:, 0].to(torch.int32)
+    ends = torch.nn.functional.pad(starts, (0, 1), value=positions.shape[1])
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def build_causal(
+    assets: Path, *, seed: int, attention: str = "auto", trust_remote_code: bool = False, from_scratch: bool = False
+) -> ModelBundle:
+    """From a folder with `config.json`, and safetensors unless `from_scratch`. Parameters are fp32 and on meta,
+    buffers are real. Raises ModelError.
+    """
+    model = _on_meta(assets, attention, trust_remote_code=trust_remote_code)
+    name = type(model).__name__
+    stray = [key for key, _ in model.named_buffers() if key in model.state_dict()]
+    if stray:
+        raise ModelError(f"{assets}: {name} keeps state outside its parameters ({', '.join(stray[:3])}), which dtrain "
+                         f"would not save; use another architecture")  # fmt: skip
+    _refuse_converted(model, assets)
+    head_name, linear = _head_of(model)
+    logits = _probe_logits(model, head_name)
+    blocks = _blocks(model)
+    shapes = {key: param.shape for key, param in model.named_parameters()}
+    tied = {key for key, _ in model.named_parameters(remove_duplicate=False)} - set(shapes)
+    weights: AbstractWeights
+    if from_scratch:
+        weights = FreshWeights(copy.deepcopy(model), seed)
+    else:
+        ignored = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        names = Names(prefix=model.base_model_prefix, tied=tied, ignored=ignored)
+        weights = SafetensorsWeights.open(assets, shapes, names)
+    module = CausalLM(model, Head(linear, logits), head_name)
+    assert {key for key, _ in module.named_parameters()} == set(shapes), "the wrapper must keep the names"
+    module.train()
+    return ModelBundle(module=module, blocks=blocks, weights=weights, export_name=str, assets=assets)
+
+
+def _on_meta(assets: Path, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    further = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        config = AutoConfig.from_pretrained(assets, trust_remote_code=trust_remote_code)
+        with _params_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code, **further
+            )
+    except (ValueError, ImportError, KeyError, OSError) as e:
+        raise ModelError(f"{assets}: transformers does not build a causal language model from config.json: {e}") from e
+
+
+@contextlib.contextmanager
+def _params_on_meta() -> Iterator[None]:
+    """Parameters that are made inside lose their values at once; buffers, which nothing would restore, keep theirs."""
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+        return None if param.is_meta else nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(on_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_converted(model: PreTrainedModel, assets: Path) -> None:
+    """transformers changes the layout of some models while it loads them (fused experts); we read files as they are."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    kinds = (model.config.model_type, type(model).__name__)
+    mapping = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
+    if any(isinstance(rule, WeightConverter) for rule in mapping):
+        raise ModelError(f"{assets}: model_type {kinds[0]!r} stores its weights in another layout than transformers runs "
+                         f"them in (mixture of experts, as a rule), which is not supported; use a dense model")  # fmt: skip
+
+
+def _head_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    head = model.get_output_embeddings()
+    name = next((key for key, child in model.named_children() if child is head), None)
+    if name is None or not isinstance(head, nn.Linear) or model.base_model is model:
+        raise ModelError(f"{type(model).__name__}: not a decoder followed by one linear head, which is what dtrain trains")
+    return name, head
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ModelError(f"{type(model).__name__}: {len(lists)} lists of {count} layers (config num_hidden_layers); "
+                         f"one is needed, to know what to shard")  # fmt: skip
+    return list(lists[0])
+
+
+class _FixedDecoder(nn.Module):
+    """Stands in for the decoder while the way from hidden states to logits is observed."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def _probe_logits(model: PreTrainedModel, head_name: str) -> Logits:
+    """What this model does to its logits, found among what we know by running the model's own forward on a few
+    numbers; raises ModelError for what we do not know.
+    """
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    factors = [1.0]
+    for key in ("logit_scale", "logits_scaling"):
+        value = getattr(config, key, None)
+        factors += [float(value), 1.0 / float(value)] if value else []
+    raw = torch.tensor([[[-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 60.0]]])
+    linear = nn.Linear(7, 7, bias=False)
+    linear.weight.data.copy_(torch.eye(7))
+    probe = copy.copy(model)
+    probe._modules = {**model._modules, model.base_model_prefix: _FixedDecoder(raw), head_name: linear}
+    try:
+        with torch.no_grad():
+            seen = probe(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+    except (AttributeError, TypeError, RuntimeError, ValueError) as e:
+        raise ModelError(f"{type(model).__name__}: its head needs more than hidden states ({e}); not supported") from e
+    for logits in [Logits(scale, c) for c in (cap, None) for scale in factors]:
+        if seen.shape == raw.shape and torch.allclose(logits.apply(raw), seen, rtol=1e-5, atol=1e-6):
+            return logits
+    keys = sorted(k for k in config.to_dict() if "logit" in k or k.startswith(("lm_head", "output_mult")))
+    raise ModelError(f"{type(model).__name__} changes its logits in a way dtrain does not know; config keys that look "
+                     f"like it: {', '.join(keys) or 'none'}")  # fmt: skip

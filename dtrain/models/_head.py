@@ -1,0 +1,151 @@
+"""The output projection and its cross-entropy as one step, so that the logits of a whole batch never exist.
+
+The forward takes the targets a chunk at a time and computes, besides the loss, the gradients of that chunk: they need
+nothing that comes later, since the loss is a sum. What the backward does is a multiplication by one number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""Size of one chunk's fp32 logits. On a GPU each chunk also reads and writes the whole weight gradient: fewer are better."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Logits:
+    """What a model does between the projection and the softmax: `cap * tanh(scale * x / cap)`, without a cap `scale * x`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale != 1.0:
+            x = x * self.scale
+        return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
+
+
+class Head(nn.Module):
+    """The output projection of `linear`, under the same parameter names; gives a loss in place of logits.
+
+    Call it once per forward: strategies gather its parameters around the call. With no target the loss is 0 and still
+    attached to the hidden states and the parameters.
+    """
+
+    def __init__(self, linear: nn.Module, logits: Logits, *, chunk_bytes: int | None = None) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.logits = logits
+        self.chunk_bytes = chunk_bytes
+
+    def forward(self, hidden_NH: torch.Tensor, target_ids_N: torch.Tensor) -> torch.Tensor:
+        """The sum over targets of the cross-entropy, in fp32."""
+        kind = hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
+        chunk_bytes = self.chunk_bytes or CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"])
+        rows = max(1, chunk_bytes // (4 * self.weight.shape[0]))
+        how = _How(logits=self.logits, dtype=dtype, rows=rows, train=torch.is_grad_enabled())
+        return _ChunkedCrossEntropy.apply(hidden_NH, self.weight, self.bias, target_ids_N, how)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _How:
+    logits: Logits
+    dtype: torch.dtype
+    """Of the matrix products; the softmax is fp32."""
+    rows: int
+    """Targets per chunk."""
+    train: bool
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        how: _How,
+    ) -> torch.Tensor:
+        wanted = [how.train and need for need in ctx.needs_input_grad[:3]]
+        grads = _Grads.zeros(hidden, weight, bias, wanted, how)
+        losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            compute_weight = weight.to(how.dtype)
+            for start in range(0, len(targets), how.rows):
+                part = slice(start, start + how.rows)
+                x, ids = hidden[part].to(how.dtype), targets[part]
+                raw = x @ compute_weight.t()
+                if bias is not None:
+                    raw += bias.to(how.dtype)
+                log_probs = torch.log_softmax(how.logits.apply(raw.float()), dim=-1)
+                losses[part] = -log_probs.gather(1, ids[:, None])[:, 0]
+                if any(wanted):
+                    grads.add(part, x, compute_weight, _grad_raw(log_probs, ids, raw, how.logits).to(how.dtype))
+                del raw, log_probs
+        ctx.grads = grads.finish(hidden, weight, bias)
+        return losses.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        assert ctx.grads is not None, "the loss of one forward was differentiated twice"
+        # In place: the weight gradient of a large vocabulary is the largest tensor of the step.
+        hidden, weight, bias = (None if g is None else g.mul_(grad) for g in ctx.grads)
+        ctx.grads = None
+        return hidden, weight, bias, None, None
+
+
+def _grad_raw(log_probs: torch.Tensor, ids: torch.Tensor, raw: torch.Tensor, logits: Logits) -> torch.Tensor:
+    """The gradient of a chunk's loss by what the projection gave; reuses the memory of `log_probs`."""
+    grad = log_probs.exp_()
+    grad.scatter_add_(1, ids[:, None], grad.new_full((len(ids), 1), -1.0))
+    if logits.cap is not None:
+        tanh = torch.tanh(raw.float() * (logits.scale / logits.cap))
+        grad *= 1.0 - tanh.square_()
+    if logits.scale != 1.0:
+        grad *= logits.scale
+    return grad
+
+
+@dataclasses.dataclass(slots=True)
+class _Grads:
+    """The gradients so far; None for what is frozen."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: list[bool], how: _How
+    ) -> _Grads:
+        # One chunk needs no sum over chunks, and its product has been summed in fp32 already.
+        total = torch.float32 if len(hidden) > how.rows else how.dtype
+        return cls(
+            hidden=torch.empty_like(hidden) if wanted[0] else None,
+            weight=torch.zeros_like(weight, dtype=total) if wanted[1] else None,
+            bias=torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None,
+        )
+
+    def add(self, part: slice, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> None:
+        if self.hidden is not None:
+            self.hidden[part] = grad @ weight
+        if self.weight is not None and self.weight.dtype == grad.dtype:
+            self.weight.addmm_(grad.t(), x)
+        elif self.weight is not None:
+            self.weight += grad.t() @ x
+        if self.bias is not None:
+            self.bias += grad.sum(0, dtype=torch.float32)
+
+    def finish(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
+        return tuple(g if g is None or of is None else g.to(of.dtype) for g, of in pairs)

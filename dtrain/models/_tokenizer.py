@@ -1,0 +1,77 @@
+"""A byte-level BPE tokenizer trained on the run's own text; for models that start from nothing. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+SPECIAL = (EOS, "<|im_start|>", "<|im_end|>", PAD)
+"""Ids 0 to 3, in this order."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML. What stands between the `generation` marks is what the assistant says, its end included."""
+
+
+def sample_texts(texts: Callable[[], Iterable[str]], num_bytes: int) -> list[str]:
+    """About `num_bytes` of the texts, taken evenly over all of them; the same for the same texts."""
+    taken: list[str] = []
+    stride, size = 1, 0
+    for i, text in enumerate(texts()):
+        if i % stride:
+            continue
+        taken.append(text)
+        size += len(text)
+        if size > 2 * num_bytes and len(taken) > 1:
+            taken, stride = taken[::2], stride * 2
+            size = sum(map(len, taken))
+    share = max(1, num_bytes * max(1, len(taken)) // max(1, size) // max(1, len(taken)))
+    average = max(1, size // max(1, len(taken)))
+    return taken if size <= num_bytes else [text[: _cut(text, share, average)] for text in taken]
+
+
+def _cut(text: str, share: int, average: int) -> int:
+    return max(1, len(text) * share // average)
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int, folder: Path, max_positions: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` with at most `vocab` tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(_lines(texts), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _lines(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        yield from text.splitlines(keepends=True)

@@ -1,0 +1,120 @@
+"""A small model that starts from nothing, with a tokenizer made from the run's own text: trains anywhere in minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtrain.config.spec import ModelSpec, spec
+from dtrain.plan.figures import Figures
+
+if TYPE_CHECKING:
+    from dtrain.models.base import ModelBundle
+
+_SAMPLE_BYTES = 2 << 20
+"""Text that the tokenizer is trained on; more makes it slower and hardly better at this size."""
+_FORMAT = 1
+"""Of the folder that `assets` writes; a change makes older folders unused."""
+
+
+@spec
+class Tiny(ModelSpec):
+    """Qwen2's architecture."""
+
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate: int = 768
+    vocab: int = 4096
+    """The model has exactly these; the tokenizer has fewer where the text is too short for as many."""
+    max_positions: int = 4096
+
+    def problems(self) -> list[str]:
+        found = []
+        if min(self.hidden, self.layers, self.heads, self.kv_heads, self.intermediate, self.max_positions) < 1:
+            found.append("model: every size must be at least 1")
+            return found
+        if self.hidden % (2 * self.heads):
+            found.append(f"model.hidden={self.hidden} is not divisible by 2*heads = {2 * self.heads}: a head must have "
+                         f"an even width; nearest: {_multiple(self.hidden, 2 * self.heads)}")  # fmt: skip
+        if self.heads % self.kv_heads:
+            found.append(f"model.heads={self.heads} is not divisible by kv_heads={self.kv_heads}; kv_heads=1 always fits")
+        if self.vocab < 260:
+            found.append(f"model.vocab={self.vocab} is too small: 256 bytes and 4 special tokens need 260")
+        return found
+
+    def figures(self) -> Figures:
+        return Figures.from_hf(self._config())
+
+    def assets(self, texts: Callable[[], Iterable[str]], cache: Path) -> Path:
+        from dtrain.models._tokenizer import sample_texts, train_tokenizer
+
+        sample = sample_texts(texts, _SAMPLE_BYTES)
+        folder = cache / f"tiny-{self._digest(sample)}"
+        if folder.is_dir():
+            return folder
+        cache.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=".tmp-tiny-", dir=cache))
+        try:
+            train_tokenizer(sample, self.vocab, making, self.max_positions)
+            _write(making / "config.json", self._config())
+            _write(making / "generation_config.json", {"eos_token_id": [0, 2], "pad_token_id": 3, "do_sample": False})
+            making.chmod(0o755)
+            making.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another start has made the same folder in the meantime
+                raise
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        return folder
+
+    def build(self, assets: Path, *, seed: int) -> ModelBundle:
+        from dtrain.models._causal import build_causal
+
+        return build_causal(assets, seed=seed, from_scratch=True)
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "initializer_range": 0.02,
+            "attention_dropout": 0.0,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 3,
+            "torch_dtype": "float32",
+        }
+
+    def _digest(self, sample: list[str]) -> str:
+        digest = hashlib.sha256(json.dumps([_FORMAT, dataclasses.asdict(self)]).encode())  # type: ignore[call-overload]
+        for text in sample:
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()[:16]
+
+
+def _multiple(value: int, of: int) -> str:
+    low = value // of * of
+    return " or ".join(str(n) for n in (low, low + of) if n > 0)
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
