@@ -1,0 +1,164 @@
+"""Start a run's processes, pass signals on, and see that all of them end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from dtrain.config.spec import Command
+from dtrain.launchers import _torchrun
+from dtrain.launchers._processes import sweep, workers
+from dtrain.launchers.verdict import judge
+from dtrain.runs import Outcome, RunDir, die_with_parent
+from dtrain.runs.lock import BEAT_S
+from dtrain.runs.process import MARK
+
+POLL_S = 0.1
+OTHERS_S = 1.5
+"""After a first failure, what the other ranks get to write their own end."""
+REPORT_S = 2.0
+"""After that, what torchrun gets to say who was killed."""
+SAME_PRESS_S = 0.4
+"""Two equal signals within this are one: a terminal and a wrapper may both pass on a single Ctrl-C."""
+SHOW_CURSOR = "\x1b[?25h"
+
+
+def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[str], None] | None = None) -> Outcome:
+    """Run the command to its end and say how it ended; writes that to the run folder too.
+
+    Its stdout is ours, its stderr goes to launcher.log. The first SIGINT, SIGTERM or SIGUSR1 is passed on to the ranks,
+    a second SIGINT or SIGTERM ends them at once. When one rank fails, the others are ended within seconds. Nothing that
+    was started is alive on return. To be called in the main thread.
+    """
+    job = _Job(command, run, attempt, note or _to_stderr)
+    with _caught(job.on_signal):
+        try:
+            job.start()
+            job.wait()
+        finally:
+            job.clean_up()
+    return judge(run, attempt, returncode=job.returncode, told=job.told, forced=job.forced)
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+@contextmanager
+def _caught(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+            continue  # under nohup
+        before[signum] = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+class _Job:
+    """One started command."""
+
+    def __init__(self, command: Command, run: RunDir, attempt: int, note: Callable[[str], None]) -> None:
+        self.command, self.run, self.attempt, self.note = command, run, attempt, note
+        self.process: subprocess.Popen[bytes] | None = None
+        self.told: int | None = None
+        """The first signal that asked for a stop."""
+        self.forced = False
+        self._told_at = 0.0
+        self._passed_to: set[int] = set()
+        self._failed_at: float | None = None
+        self._beat_at = time.monotonic()
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self.process is None else self.process.returncode
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Only takes note: the loop acts."""
+        now = time.monotonic()
+        if self.told is None or self.told == signal.SIGUSR1:
+            self.told, self._told_at = signum, now
+            self._passed_to.clear()
+        elif signum != signal.SIGUSR1 and now - self._told_at > SAME_PRESS_S:
+            self.forced = True
+
+    def start(self) -> None:
+        env = {**os.environ, **self.command.env, MARK: str(self.run.path), "DTRAIN_ATTEMPT": str(self.attempt)}
+        log = self.run.launcher_log(self.attempt)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                list(self.command.argv),
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once
+                preexec_fn=_end_with_us,
+            )
+
+    def wait(self) -> None:
+        assert self.process is not None
+        while True:
+            try:
+                self.process.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                self._look()
+            else:
+                return
+
+    def _look(self) -> None:
+        assert self.process is not None
+        if self.forced:
+            self.process.kill()
+            return
+        if self.told is not None:
+            self._pass_on(self.told)
+        now = time.monotonic()
+        if now - self._beat_at > BEAT_S:
+            self._beat_at = now
+            self.run.beat()
+        if self._failed_at is None:
+            failed = self.run.failures(self.attempt) or _torchrun.is_closing(self.run.launcher_log(self.attempt))
+            self._failed_at = now if failed else None
+        elif now - self._failed_at > OTHERS_S + REPORT_S:
+            self.process.kill()
+        elif now - self._failed_at > OTHERS_S:
+            for rank in workers(self.process.pid).values():
+                rank.kill()
+
+    def _pass_on(self, signum: int) -> None:
+        """To the ranks rather than to torchrun, which would give them little time; also to ranks that come later."""
+        assert self.process is not None
+        if not self._passed_to:
+            self.note(f"{signal.Signals(signum).name}: the run stops after its step and saves; again: at once")
+        signum = signal.SIGTERM if signum == signal.SIGHUP else signum
+        ranks = {rank.pid for rank in workers(self.process.pid).values()} or {self.process.pid}
+        for pid in ranks - self._passed_to:
+            self._passed_to.add(pid)
+            try:
+                os.kill(pid, signum)
+            except ProcessLookupError:
+                continue
+
+    def clean_up(self) -> None:
+        """Leave no process and no hidden cursor behind."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        sweep(self.run.path, patience_s=0.2 if self.forced or self.returncode else 2.0)
+        if sys.stdout.isatty():
+            sys.stdout.write(SHOW_CURSOR)
+            sys.stdout.flush()
+
+
+def _end_with_us() -> None:
+    die_with_parent(signal.SIGTERM)
