@@ -1,0 +1,96 @@
+"""Documents into rows: best fit, longest first, the same for the same lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Packing:
+    """Which documents each row holds: `documents[starts[i] : starts[i + 1]]` for row i."""
+
+    documents: Ints
+    starts: Ints
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __iter__(self) -> Iterator[Ints]:
+        for i in range(len(self)):
+            yield self.documents[self.starts[i] : self.starts[i + 1]]
+
+
+def one_each(num_documents: int) -> Packing:
+    """A row for each document."""
+    return Packing(np.arange(num_documents), np.arange(num_documents + 1))
+
+
+def pack(lengths: Ints, max_length: int) -> Packing:
+    """Fill rows of up to `max_length` tokens: each document, longest first, goes where it leaves the least room.
+
+    No length may be 0 or over `max_length`. Rows come in the order of their first document.
+    """
+    if len(lengths) == 0:
+        return one_each(0)
+    assert lengths.min() > 0, "an empty document"
+    assert lengths.max() <= max_length, (int(lengths.max()), max_length)
+    row_of, num_rows = _best_fit(lengths, max_length)
+    return _by_first_document(row_of, num_rows)
+
+
+def _best_fit(lengths: Ints, max_length: int) -> tuple[Ints, int]:
+    """The row of each document, and the number of rows.
+
+    Documents of one length are placed together, and rows with the same room are filled together: the work grows with
+    the number of different lengths, not of documents. The outcome is that of placing one document at a time, as a row
+    that was the best fit and still has room for the next document of this length is again the best fit.
+    """
+    row_of = np.empty(len(lengths), np.int64)
+    rows_with: dict[int, deque[Ints]] = {}
+    rooms = 0  # bit r is set where there is a row with room for r tokens
+    num_rows = 0
+    by_length = np.argsort(-lengths, kind="stable")
+    edges = np.flatnonzero(np.diff(lengths[by_length])) + 1
+    for documents in np.split(by_length, edges):
+        length = int(lengths[documents[0]])
+        while len(documents):
+            fitting = rooms >> length
+            room = length + (fitting & -fitting).bit_length() - 1 if fitting else max_length
+            each = room // length
+            needed = -(-len(documents) // each)
+            if fitting:
+                rows = rows_with[room].popleft()
+                if len(rows) > needed:
+                    rows_with[room].appendleft(rows[needed:])
+                    rows = rows[:needed]
+                if not rows_with[room]:
+                    rooms ^= 1 << room
+            else:
+                rows = np.arange(num_rows, num_rows + needed)
+                num_rows += needed
+            now, documents = documents[: len(rows) * each], documents[len(rows) * each :]
+            row_of[now] = np.repeat(rows, each)[: len(now)]
+            in_last = len(now) - (len(rows) - 1) * each
+            for part, left in ((rows[:-1], room - each * length), (rows[-1:], room - in_last * length)):
+                if left and len(part):
+                    rows_with.setdefault(left, deque()).append(part)
+                    rooms |= 1 << left
+    return row_of, num_rows
+
+
+def _by_first_document(row_of: Ints, num_rows: int) -> Packing:
+    documents = np.argsort(row_of, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    order = np.argsort(documents[starts[:-1]])
+    rank = np.empty(num_rows, np.int64)
+    rank[order] = np.arange(num_rows)
+    row_of = rank[row_of]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    return Packing(np.argsort(row_of, kind="stable"), starts)

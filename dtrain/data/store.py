@@ -1,0 +1,135 @@
+"""Rows on disk: an Arrow file, mapped into memory, so that all ranks of a machine share its pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtrain.data.rows import Row
+from dtrain.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS_PER_CHUNK = 1024
+
+
+class _Chunk(NamedTuple):
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    token_starts: NDArray[np.int64]
+    length_starts: NDArray[np.int64]
+    num_targets: NDArray[np.int64]
+
+
+@final
+class RowStore:
+    """The rows of one file, by index. Opening reads its table of contents only; a row is a view of the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the file is not there or not such a file."""
+        import pyarrow as pa
+
+        self.path = path
+        try:
+            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._num_rows = int(self._file.schema.metadata[b"num_rows"])
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: not a file of prepared rows: {error}; delete its folder and launch again"
+            ) from error
+        self._chunks: dict[int, _Chunk] = {}
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def row(self, i: int) -> Row:
+        """Row `i`, counted from 0; copies nothing."""
+        if not 0 <= i < self._num_rows:
+            raise IndexError(f"row {i} of {self._num_rows} in {self.path}")
+        at, k = divmod(int(i), _ROWS_PER_CHUNK)
+        chunk = self._chunk(at)
+        tokens = slice(chunk.token_starts[k], chunk.token_starts[k + 1])
+        lengths = slice(chunk.length_starts[k], chunk.length_starts[k + 1])
+        return Row(chunk.tokens[tokens], chunk.targets[tokens], chunk.lengths[lengths])
+
+    @property
+    def num_targets(self) -> NDArray[np.int64]:
+        """Of each row."""
+        chunks = [self._chunk(at).num_targets for at in range(-(-self._num_rows // _ROWS_PER_CHUNK))]
+        return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+
+    def __reduce__(self) -> tuple[type[RowStore], tuple[Path]]:
+        return RowStore, (self.path,)
+
+    def _chunk(self, at: int) -> _Chunk:
+        if at not in self._chunks:
+            self._chunks[at] = _view(self._file.get_batch(at))
+        return self._chunks[at]
+
+
+def write_rows(path: Path, rows: Iterable[Row], num_rows: int) -> None:
+    """Write a file that `RowStore` opens, flushed to disk."""
+    import os
+
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [
+            ("tokens", pa.large_list(pa.int32())),
+            ("targets", pa.large_list(pa.uint8())),  # not bool: Arrow packs those into bits, and a view would not do
+            ("lengths", pa.large_list(pa.int32())),
+            ("num_targets", pa.int64()),
+        ],
+        metadata={"num_rows": str(num_rows)},
+    )
+    written = 0
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, schema) as out:
+            for chunk in _chunked(rows):
+                written += len(chunk)
+                columns = [
+                    _lists([row.tokens for row in chunk], pa.int32()),
+                    _lists([row.targets.view(np.uint8) for row in chunk], pa.uint8()),
+                    _lists([row.lengths for row in chunk], pa.int32()),
+                    pa.array([row.num_targets for row in chunk], pa.int64()),
+                ]
+                out.write_batch(pa.record_batch(columns, schema=schema))
+        file.flush()
+        os.fsync(file.fileno())
+    assert written == num_rows, (written, num_rows)
+
+
+def _lists(arrays: list[NDArray[np.generic]], kind: pa.DataType) -> pa.LargeListArray:
+    import pyarrow as pa
+
+    starts = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
+    return pa.LargeListArray.from_arrays(pa.array(starts, pa.int64()), pa.array(np.concatenate(arrays), kind))
+
+
+def _view(batch: pa.RecordBatch) -> _Chunk:
+    tokens, targets, lengths, num_targets = batch.columns
+    return _Chunk(
+        tokens.values.to_numpy(),
+        targets.values.to_numpy().view(np.bool_),
+        lengths.values.to_numpy(),
+        tokens.offsets.to_numpy(),
+        lengths.offsets.to_numpy(),
+        num_targets.to_numpy(),
+    )
+
+
+def _chunked(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == _ROWS_PER_CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
