@@ -89,7 +89,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if any(wanted):
                     grads.add(part, x, compute_weight, _grad_raw(log_probs, ids, raw, how.logits).to(how.dtype))
                 del raw, log_probs
-        ctx.grads = grads.finish(hidden, weight, bias)
+        ctx.grads = (grads.hidden, grads.weight, grads.bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return losses.sum()
 
     @staticmethod
@@ -97,7 +98,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         assert ctx.grads is not None, "the loss of one forward was differentiated twice"
         # In place: the weight gradient of a large vocabulary is the largest tensor of the step.
-        hidden, weight, bias = (None if g is None else g.mul_(grad) for g in ctx.grads)
+        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
+        hidden, weight, bias = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in pairs)
         ctx.grads = None
         return hidden, weight, bias, None, None
 
@@ -143,9 +145,3 @@ class _Grads:
             self.weight += grad.t() @ x
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=torch.float32)
-
-    def finish(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
-        return tuple(g if g is None or of is None else g.to(of.dtype) for g, of in pairs)

@@ -17,7 +17,7 @@ from dtrain.plan.figures import Figures
 if TYPE_CHECKING:
     from dtrain.models.base import ModelBundle
 
-_SAMPLE_BYTES = 2 << 20
+_SAMPLE_CHARS = 2_000_000
 """Text that the tokenizer is trained on; more makes it slower and hardly better at this size."""
 _FORMAT = 1
 """Of the folder that `assets` writes; a change makes older folders unused."""
@@ -27,11 +27,11 @@ _FORMAT = 1
 class Tiny(ModelSpec):
     """Qwen2's architecture."""
 
-    hidden: int = 256
-    layers: int = 6
+    hidden: int = 320
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    intermediate: int = 768
+    intermediate: int = 960
     vocab: int = 4096
     """The model has exactly these; the tokenizer has fewer where the text is too short for as many."""
     max_positions: int = 4096
@@ -56,7 +56,7 @@ class Tiny(ModelSpec):
     def assets(self, texts: Callable[[], Iterable[str]], cache: Path) -> Path:
         from dtrain.models._tokenizer import sample_texts, train_tokenizer
 
-        sample = sample_texts(texts, _SAMPLE_BYTES)
+        sample = sample_texts(texts(), _SAMPLE_CHARS)
         folder = cache / f"tiny-{self._digest(sample)}"
         if folder.is_dir():
             return folder
