@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
@@ -174,8 +174,11 @@ class TrackerSpec(AbstractSpec):
     group = "tracker"
 
     @abstractmethod
-    def build(self, run_dir: Path, config: Mapping[str, Any]) -> AbstractTracker:
-        """The live tracker; `config` is the frozen configuration as plain data. Made on rank 0 only."""
+    def build(self, run_dir: Path, config: Mapping[str, Any], stream: TextIO) -> AbstractTracker:
+        """The live tracker; `config` is the frozen configuration as plain data. Made on rank 0 only.
+
+        `stream` is what the user sees; a worker's own stdout is its log.
+        """
 
 
 GROUPS: dict[str, type[AbstractSpec]] = {

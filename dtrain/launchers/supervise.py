@@ -43,7 +43,7 @@ def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[st
             job.wait()
         finally:
             job.clean_up()
-    return judge(run, attempt, returncode=job.returncode, told=job.told, forced=job.forced)
+    return judge(run, attempt, returncode=job.returncode, told=job.told, forced=job.forced, ended=job.ended)
 
 
 def _to_stderr(line: str) -> None:
@@ -73,6 +73,8 @@ class _Job:
         self.told: int | None = None
         """The first signal that asked for a stop."""
         self.forced = False
+        self.ended: set[int] = set()
+        """Ranks that we killed, by pid."""
         self._told_at = 0.0
         self._passed_to: set[int] = set()
         self._failed_at: float | None = None
@@ -133,6 +135,7 @@ class _Job:
             self.process.kill()
         elif now - self._failed_at > OTHERS_S:
             for rank in workers(self.process.pid).values():
+                self.ended.add(rank.pid)
                 rank.kill()
 
     def _pass_on(self, signum: int) -> None:

@@ -6,6 +6,7 @@ import shlex
 import signal
 import socket
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from dtrain.launchers._torchrun import Exit, first_exits
@@ -21,12 +22,19 @@ _WHY = {
 }
 
 
-def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None, forced: bool) -> Outcome:
-    """Decide how the attempt ended, and write it unless rank 0 has. `told`: the signal that asked for a stop."""
+def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None = None, forced: bool = False,
+          ended: Collection[int] = ()) -> Outcome:  # fmt: skip
+    """Decide how the attempt ended, and write it unless rank 0 has.
+
+    `told`: the signal that asked for a stop; `ended`: pids of ranks that the launcher killed for another's failure.
+    """
     failures = run.failures(attempt)
     if told is not None:
         failures = [failure for failure in failures if failure.type not in ("KeyboardInterrupt", "SystemExit")]
-    exits = _killed(run, attempt, returncode, told)
+    asked = {signal.SIGTERM, told}
+    exits = [
+        exit_ for exit_ in _killed(run, attempt, returncode) if -exit_.code not in asked and exit_.pid not in ended
+    ]
     first = _first(run, attempt, failures, exits)
     recorded = run.read_outcome(attempt)
     if recorded is not None and recorded.state != "failed" and (first is None or first.secondary):
@@ -42,12 +50,11 @@ def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None
     return run.write_outcome("launcher", attempt, message=_launcher_message(run, attempt, returncode))
 
 
-def _killed(run: RunDir, attempt: int, returncode: int | None, told: int | None) -> list[Exit]:
+def _killed(run: RunDir, attempt: int, returncode: int | None) -> list[Exit]:
     exits = first_exits(run.launcher_log(attempt))
     if not exits and returncode is not None and run.log(attempt, 0).exists() and not run.log(attempt, 1).exists():
         exits = [Exit(rank=0, local_rank=0, code=returncode, pid=-1)]  # started without torchrun
-    asked = {told, signal.SIGTERM} if told is not None else {signal.SIGTERM}
-    return [exit_ for exit_ in exits if exit_.code < 0 and -exit_.code not in asked]
+    return [exit_ for exit_ in exits if exit_.code < 0]
 
 
 def _first(run: RunDir, attempt: int, failures: list[Failure], exits: list[Exit]) -> Failure | None:

@@ -64,3 +64,7 @@ class AbstractTracker(ABC):
     @abstractmethod
     def finish(self, *, outcome: str) -> None:
         """`outcome`: done, failed or stopped. Flushes and closes."""
+
+    def warnings(self) -> list[str]:
+        """What went wrong in this tracker since the last call, for the others to show."""
+        return []
