@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # sets a variable of the environment when first imported: not during a test
 
 from dtrain.models._causal import build_causal
 

@@ -1,0 +1,123 @@
+"""A model folder with a tokenizer that can be trained with: fast, and with a padding token. No torch as a rule.
+
+A folder that needs a change is not edited: an overlay in the cache has links to its files, and the changed ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import ModelError
+
+_SPARE = re.compile(r"pad|reserved|unused|control_|extra_id", re.IGNORECASE)
+"""Tokens that no text contains, by their names."""
+
+
+def with_tokenizer(folder: Path, pad_token: str | None, cache: Path) -> Path:
+    """`folder`, or an overlay of it whose tokenizer has a padding token. Raises ModelError."""
+    config = _read(folder / "tokenizer_config.json")
+    converts = not (folder / "tokenizer.json").is_file() or not config.get("eos_token")
+    present = _content(config.get("pad_token"))
+    if not converts and present and pad_token in (None, present):
+        return folder
+    target = cache / f"hf-{_digest(folder, pad_token)}"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=".tmp-hf-", dir=cache))
+    try:
+        if converts:
+            _convert(folder, making)
+        _set_pad(folder, making, pad_token)
+        for path in sorted(folder.iterdir()):
+            if not (making / path.name).exists() and path.is_file():
+                (making / path.name).symlink_to(path.resolve())
+        making.chmod(0o755)
+        making.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another start has made the same overlay in the meantime
+            raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return target
+
+
+def _set_pad(folder: Path, making: Path, pad_token: str | None) -> None:
+    """Write the tokenizer's config with a padding token."""
+    source = making if (making / "tokenizer_config.json").is_file() else folder
+    config = _read(source / "tokenizer_config.json")
+    vocab, added = _tokens(source / "tokenizer.json")
+    pad = pad_token or _content(config.get("pad_token"))
+    eos = _content(config.get("eos_token"))
+    if pad is None:
+        raise ModelError(f"model.pad_token is needed: the tokenizer in {folder} has none; {_suggest(added, eos)}")
+    if pad not in vocab:
+        raise ModelError(f"model.pad_token={pad!r} is not a token of {folder}; {_suggest(added, eos)}")
+    (making / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad}, indent=2) + "\n")
+
+
+def _suggest(added: list[str], eos: str | None) -> str:
+    spare = [token for token in added if _SPARE.search(token)]
+    spare.sort(key=lambda token: "pad" not in token.lower())
+    if spare:
+        return f"one that no text has: model.pad_token='{spare[0]}'"
+    if "<unk>" in added:
+        return "one that hardly any text has: model.pad_token='<unk>'"
+    return (f"it has no spare token; model.pad_token='{eos}' is the token that ends a text, which works here since "
+            f"padding is never learned, but other tools may then never learn to stop")  # fmt: skip
+
+
+def _tokens(path: Path) -> tuple[set[str], list[str]]:
+    """Every token, and those that were added by name."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # noqa: BLE001 - the library raises nothing narrower
+        raise ModelError(f"model.path: {path} cannot be read ({e}); fetch it again") from e
+    added = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+    return set(tokenizer.get_vocab(with_added_tokens=True)), added
+
+
+def _convert(folder: Path, making: Path) -> None:
+    """Write the files of a fast tokenizer, with the special tokens that its class implies."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.save_pretrained(making)
+    except Exception as e:  # noqa: BLE001 - as many kinds as there are tokenizers
+        raise ModelError(f"model.path: the tokenizer in {folder} cannot be read ({type(e).__name__}: {e}); it needs "
+                         f"tokenizer.json and tokenizer_config.json") from e  # fmt: skip
+    if not (making / "tokenizer.json").is_file():
+        raise ModelError(f"model.path: {folder} has no tokenizer.json, and its tokenizer ({type(tokenizer).__name__}) "
+                         f"has no fast form; choose a model that has one")  # fmt: skip
+
+
+def _digest(folder: Path, pad_token: str | None) -> str:
+    digest = hashlib.sha256(f"1\0{folder.resolve()}\0{pad_token}".encode())
+    for path in sorted(folder.iterdir()):
+        stat = path.stat()
+        digest.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise ModelError(f"model.path: {path} is not JSON ({e}); fetch it again") from e
+    assert isinstance(config, dict), path
+    return config
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
