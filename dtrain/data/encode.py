@@ -40,6 +40,7 @@ class Documents:
 class Limit:
     max_length: int
     on_long: OnLong
+    """Never `auto`."""
 
 
 def encode_all(
@@ -85,7 +86,7 @@ def _encoded(
         except BadRowError as error:
             return error
 
-    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         while chunk := list(islice(examples, _CHUNK)):
             yield from zip(chunk, pool.map(encode, chunk), strict=True)
 
@@ -128,6 +129,7 @@ def _fit(row: Row, limit: Limit, counts: Counter[str]) -> list[Row]:
         counts[f"truncated to {most} tokens"] += 1
         counts["tokens cut off"] += num - most
         return [_piece(row, 0, most)]
+    assert limit.on_long == "split", limit.on_long
     counts[f"split at {most} tokens"] += 1
     return [_piece(row, start, min(start + most, num)) for start in range(0, num, most)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.config.spec import DatasetSpec, ModelSpec, ObjectiveSpec
 from dtrain.data.cachedir import discard, remove_leftovers, whole_folder
 from dtrain.data.tokenizer import TextTokenizer, tokenizer_digest
-from dtrain.datasets.base import SHAPES, Example, OnLong, Skipped
+from dtrain.datasets.base import SHAPES, Chat, Example, OnLong, Skipped
 from dtrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _VERSION = 1
 """Of the files in a folder of prepared data; another version is never read, but made anew."""
 _FILES = ("train.arrow", "eval.arrow")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 Say = Callable[[str], None]
 
 
@@ -90,7 +92,9 @@ def prepare(
             _build(folder, dataset, objective, TextTokenizer.load(assets), parts, say)
         return read_prepared(final, assets, objective)
     except OSError as error:
-        raise DataError(f"run.cache={cache}: {error}; choose a folder that can be written") from error
+        if error.errno in _FULL or (error.filename and cache in Path(error.filename).parents):
+            raise DataError(f"run.cache={cache}: {error}; choose a folder with room that can be written") from error
+        raise
 
 
 def read_prepared(folder: Path, assets: Path, objective: ObjectiveSpec) -> Prepared:
@@ -179,7 +183,7 @@ def _build(
 
     examples = dataset.examples()
     shape, examples = _peek(examples)
-    limit = Limit(dataset.max_length, _on_long(dataset))
+    limit = Limit(dataset.max_length, _on_long(dataset, shape))
     documents = encode_all(examples, objective.resolve(shape), tokenizer, limit, seed=parts["run.seed"], say=say)
     if not documents.rows:
         raise _nothing(documents.counts)
@@ -257,6 +261,8 @@ def _join(rows: list[Row], state: Any) -> Row:
     return row
 
 
-def _on_long(dataset: DatasetSpec) -> OnLong:
-    policy: OnLong = getattr(dataset, "on_long", "split")
+def _on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
+    policy: OnLong = getattr(dataset, "on_long", "auto")
+    if policy == "auto":
+        return "truncate" if issubclass(shape, Chat) else "split"
     return policy

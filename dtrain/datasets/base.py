@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal
 
-OnLong = Literal["split", "truncate", "drop", "error"]
+OnLong = Literal["auto", "split", "truncate", "drop", "error"]
 """What becomes of an example of more than `max_length` tokens: cut into pieces, cut off at the end, left out, refused.
-Each case is counted and told."""
+`auto` splits a text, so that all of it is learned, and truncates a conversation, whose pieces would lack their
+beginning. Each case is counted and told."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

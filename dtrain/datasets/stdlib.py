@@ -25,7 +25,7 @@ class Stdlib(DatasetSpec):
     """Tokens in a row."""
     packing: bool = True
     """Several documents in a row, each seeing only itself; else one document a row."""
-    on_long: OnLong = "split"
+    on_long: OnLong = "auto"
     max_files: Annotated[int, Field(ge=1)] | None = 250
     """The first so many files by name, about 4 MB; all of them, about 9 MB, when null."""
 

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.data.pack import one_each, pack
+
+
+def rows(lengths, max_length):
+    return [each.tolist() for each in pack(np.array(lengths, np.int64), max_length)]
+
+
+def test_the_best_fit_by_hand():
+    # Longest first: 7 | 6 | 4 goes with 6 (room 4, not 3... row 7 has room 3) | 3 goes with 7 | 2 opens a row.
+    assert rows([2, 3, 4, 6, 7], 10) == [[0], [1, 4], [2, 3]]
+
+
+def test_several_of_one_length_in_a_row():
+    assert rows([3, 3, 3, 3], 10) == [[0, 1, 2], [3]]
+
+
+def test_nothing():
+    assert rows([], 10) == []
+
+
+def place_one_by_one(lengths, max_length):
+    """Best fit decreasing as one would write it down: the number of rows that it takes."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else max_length) - length)
+    return len(rooms)
+
+
+@given(st.lists(st.integers(1, 40), max_size=80))
+def test_no_document_is_lost_or_doubled_and_no_row_is_too_long(lengths):
+    packed = rows(lengths, 40)
+    assert sorted(sum(packed, [])) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in each) <= 40 for each in packed)
+    assert [each[0] for each in packed] == sorted(each[0] for each in packed)
+    assert packed == rows(lengths, 40)
+    assert len(packed) == place_one_by_one(lengths, 40)
+
+
+def test_a_real_mix_is_packed_tightly():
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.2, 20_000), 1, 2048).astype(np.int64)
+    assert lengths.sum() / (len(pack(lengths, 2048)) * 2048) > 0.98
+
+
+def test_a_million_documents_take_seconds(record_property):
+    import time
+
+    lengths = np.random.default_rng(0).integers(1, 4097, 1_000_000)
+    start = time.process_time()
+    pack(lengths, 4096)
+    assert time.process_time() - start < 10
+
+
+def test_too_long_is_our_mistake():
+    with pytest.raises(AssertionError):
+        pack(np.array([11]), 10)
+
+
+def test_without_packing():
+    assert [each.tolist() for each in one_each(3)] == [[0], [1], [2]]
