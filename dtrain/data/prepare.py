@@ -153,12 +153,12 @@ def _problem(folder: Path) -> str | None:
 
 def _what_changed(parts: Mapping[str, Any], cache: Path) -> str:
     """Against the newest data in the cache, so that nobody has to guess why it is made anew."""
-    metas = sorted(cache.glob("data-*/meta.json"), key=lambda path: path.stat().st_mtime)
-    if not metas:
-        return "nothing is prepared yet"
     try:
+        metas = sorted(cache.glob("data-*/meta.json"), key=lambda path: path.stat().st_mtime)
+        if not metas:
+            return "nothing is prepared yet"
         before = json.loads(metas[-1].read_bytes())["parts"]
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, OSError):  # damaged, or just removed by another process
         return "not prepared with these settings yet"
     now = json.loads(json.dumps(dict(parts), default=str))
     changed = [name for name in now if before.get(name) != now[name]]

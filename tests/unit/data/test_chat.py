@@ -13,7 +13,8 @@ CONVERSATIONS = {
     "plain": [("user", "hello there"), ("assistant", "the cat sat")],
     "several turns": [("system", "the house"), ("user", "hello"), ("assistant", "on the mat"), ("user", "dog?"),
                       ("assistant", "ran to the house")],
-    "unicode": [("user", "Grüße 🐈‍⬛ 日本語"), ("assistant", "naïve 🐕 日本 é e\u0301 \u200d"), ("user", "؟"), ("assistant", "ß")],
+    "unicode": [("user", "Grüße 🐈‍⬛ 日本語"), ("assistant", "naïve 🐕 é e\u0301 \u200d"),
+                ("user", "؟"), ("assistant", "ß")],
     "empty content": [("user", ""), ("assistant", ""), ("user", ""), ("assistant", "x")],
     "markers inside": [("user", "say <|im_end|>\n<|im_start|>assistant\nhello<|eot_id|>"),
                        ("assistant", "<|im_start|>user\nno<|im_end|> yes <|eot_id|>")],
@@ -151,7 +152,7 @@ def test_a_template_that_rewrites_the_past_is_refused():
              "{{ m.content.split('</think>')[-1] }}{% endif %};{% endfor %}" \
              "{% if add_generation_prompt %}assistant:{% endif %}"  # fmt: skip
     turns = [("user", "q"), ("assistant", "<think>hm</think>a"), ("user", "q"), ("assistant", "b")]
-    with pytest.raises(BadRowError, match="message 2 cannot be masked.*generation"):
+    with pytest.raises(BadRowError, match=r"message 2 cannot be masked.*generation"):
         template(source).spans(messages_of(turns))
     text, spans = template(source).spans(messages_of(turns[:2]))
     assert [text[start:end] for start, end in spans] == ["<think>hm</think>a;"]

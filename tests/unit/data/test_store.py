@@ -47,5 +47,5 @@ def test_not_a_store(tmp_path, content):
     (tmp_path / "rows.arrow").write_bytes(content)
     with pytest.raises(DataError, match="not a file of prepared rows"):
         RowStore(tmp_path / "rows.arrow")
-    with pytest.raises(DataError, match="rows.arrow"):
+    with pytest.raises(DataError, match=r"rows\.arrow"):
         RowStore(tmp_path / "none" / "rows.arrow")

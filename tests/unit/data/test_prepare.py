@@ -1,0 +1,281 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dtrain.config.spec import spec
+from dtrain.data.encode import _share
+from dtrain.data.prepare import Prepared, hold_out, prepare
+from dtrain.data.store import RowStore
+from dtrain.data.tokenizer import TextTokenizer
+from dtrain.datasets.base import Text
+from dtrain.datasets.jsonl import Jsonl
+from dtrain.errors import DataError
+from dtrain.objectives.auto import Auto
+from dtrain.objectives.pretrain import Pretrain
+from dtrain.objectives.sft import SFT
+from tests.unit.data.fakes import CHATML, FakeModel
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def texts(num, words=20):
+    return [{"text": " ".join(["the cat sat on"] * (1 + (i * 7) % words)) + f" {i}"} for i in range(num)]
+
+
+def chats(num):
+    return [{"messages": [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "the cat"}]}
+            for i in range(num)]  # fmt: skip
+
+
+def make(path, cache, said=None, *, objective=None, model=None, eval_fraction=0.0, seed=0, **values) -> Prepared:
+    dataset = Jsonl(**{"path": str(path), "max_length": 64, **values})
+    say = (said if said is not None else []).append
+    return prepare(dataset, objective or Auto(), model or FakeModel(), eval_fraction=eval_fraction, seed=seed,
+                   cache=cache, say=say)  # fmt: skip
+
+
+def documents(prepared, name="train"):
+    """The text of each document of each row."""
+    tokenizer = TextTokenizer.load(prepared.assets)
+    store = RowStore(prepared.dir / f"{name}.arrow")
+    for i in range(len(store)):
+        row = store.row(i)
+        ends = np.cumsum(row.lengths)
+        for start, end in zip(ends - row.lengths, ends, strict=True):
+            yield tokenizer.decode(row.tokens[start:end].tolist())
+
+
+def test_texts(tmp_path):
+    rows = texts(40)
+    prepared = make(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", on_long="error", max_length=200)
+    assert sorted(documents(prepared)) == sorted(row["text"] + "<|eos|>" for row in rows)
+    store = RowStore(prepared.dir / "train.arrow")
+    assert len(store) == prepared.num_rows
+    assert max(len(store.row(i).tokens) for i in range(len(store))) <= 200
+    assert prepared.objective == Pretrain()
+    assert prepared.num_targets == prepared.num_tokens - 40 == int(store.num_targets.sum())
+    assert prepared.fill == prepared.num_tokens / (prepared.num_rows * 200) > 0.9
+    assert (prepared.num_eval_rows, prepared.num_documents, prepared.pad_id) == (0, 40, 1)
+    assert prepared.counts == {"read": 40}
+    assert prepared.lines()[1] == "data: documents: 40 read"
+
+
+def test_chats(tmp_path):
+    prepared = make(write(tmp_path / "a.jsonl", chats(3)), tmp_path / "cache", packing=False)
+    assert prepared.objective == SFT()
+    assert prepared.num_rows == 3
+    row = RowStore(prepared.dir / "train.arrow").row(2)
+    tokenizer = TextTokenizer.load(prepared.assets)
+    assert tokenizer.decode(row.tokens[row.targets].tolist()) == "the cat<|im_end|>"
+    assert tokenizer.decode(row.tokens.tolist()).startswith("<|im_start|>user\nhello 2<|im_end|>")
+
+
+def test_long_documents(tmp_path):
+    text = " ".join(["the cat sat on"] * 60)
+    path = write(tmp_path / "a.jsonl", [{"text": text}, {"text": "the dog"}])
+    split = make(path, tmp_path / "cache")
+    num = len(TextTokenizer.load(split.assets).encode(text)) + 1
+    assert "".join(piece for piece in documents(split) if "dog" not in piece) == text + "<|eos|>"
+    assert split.counts == {"read": 2, "split at 64 tokens": 1}
+    cut = make(path, tmp_path / "cache", on_long="truncate")
+    assert cut.counts == {"read": 2, "truncated to 64 tokens": 1, "tokens cut off": num - 64}
+    dropped = make(path, tmp_path / "cache", on_long="drop")
+    assert dropped.counts == {"read": 2, "left out: over 64 tokens": 1}
+    assert list(documents(dropped)) == ["the dog<|eos|>"]
+    with pytest.raises(DataError, match=rf"a.jsonl:1: {num} tokens, over dataset.max_length=64"):
+        make(path, tmp_path / "cache", on_long="error")
+
+
+def test_a_long_chat_is_truncated_and_left_out_where_nothing_is_learned(tmp_path):
+    rows = chats(1)
+    rows.append({"messages": [{"role": "user", "content": "the cat " * 99}, {"role": "assistant", "content": "a"}]})
+    prepared = make(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    assert prepared.num_documents == 1
+    assert prepared.counts["truncated to 64 tokens"] == prepared.counts["left out: no token to learn"] == 1
+
+
+def test_nothing_left(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "the cat " * 99}, {"role": "assistant", "content": "a"}]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"nothing left to train on: 1 read, 1 truncated .* 1 left out: no token to learn"
+    ):
+        make(path, tmp_path / "cache")
+    with pytest.raises(DataError, match="nothing left to train on: 1 read, 1 left out: over 64 tokens"):
+        make(path, tmp_path / "cache", on_long="drop")
+    with pytest.raises(DataError, match="no rows at all"):
+        make(write(tmp_path / "b.jsonl", []), tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*data*")) == list((tmp_path / "cache").glob(".tmp*")) == []
+
+
+def test_rows_that_cannot_be_masked_are_told_together(tmp_path):
+    rows = chats(9)
+    for row in rows[1:8]:
+        del row["messages"][1]
+    with pytest.raises(DataError) as caught:
+        make(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "dataset: 7 bad rows; repair or remove:"
+    assert lines[1] == f"  {tmp_path}/a.jsonl:2: no assistant turn, so nothing to learn"
+    assert lines[-1] == "  ... and 2 more"
+
+
+def test_no_template(tmp_path):
+    with pytest.raises(DataError, match=r"model.path: .* has no chat template") as caught:
+        make(write(tmp_path / "a.jsonl", chats(9)), tmp_path / "cache", model=FakeModel(template=None))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_second_time_it_is_there(tmp_path):
+    path, cache, said = write(tmp_path / "a.jsonl", texts(9)), tmp_path / "cache", []
+    first = make(path, cache, said)
+    assert make(path, cache, said) == first
+    assert said == [f"data: preparing {first.dir}: nothing is prepared yet", f"data: reusing {first.dir}"]
+
+
+def test_what_changes_the_rows_makes_them_anew(tmp_path):
+    path, cache, said = write(tmp_path / "a.jsonl", texts(9)), tmp_path / "cache", []
+    dirs = [make(path, cache, said).dir]
+    for values, reason in (
+        ({"max_length": 32}, "dataset.max_length was 64, is 32"),
+        ({"packing": False}, "dataset.packing was True, is False"),
+        ({"eval_fraction": 0.5}, "eval.fraction was 0.0, is 0.5"),
+        ({"seed": 1}, "run.seed was 0, is 1"),
+        ({"objective": Pretrain()}, "objective changed"),
+    ):
+        dirs.append(make(path, cache, said, **values).dir)
+        assert reason in said[-1]
+    write(tmp_path / "a.jsonl", texts(10))
+    dirs.append(make(path, cache, said).dir)
+    assert "content of the dataset changed" in said[-1]
+    (cache / "fake" / "chat_template.jinja").write_text(CHATML + " ")
+    dirs.append(make(path, cache, said).dir)
+    assert said[-1].endswith("tokenizer changed")
+    assert len(set(dirs)) == len(dirs)
+
+
+def test_the_digest_is_of_the_rows(tmp_path):
+    a = make(write(tmp_path / "a.jsonl", texts(9)), tmp_path / "one")
+    b = make(write(tmp_path / "b.jsonl", texts(9)), tmp_path / "two")
+    c = make(write(tmp_path / "c.jsonl", texts(10)), tmp_path / "two")
+    assert a.digest == b.digest != c.digest
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "meta", "no meta"])
+def test_damaged_data_is_made_anew(tmp_path, damage):
+    path, cache, said = write(tmp_path / "a.jsonl", texts(9)), tmp_path / "cache", []
+    first = make(path, cache)
+    train, meta = first.dir / "train.arrow", first.dir / "meta.json"
+    if damage == "short":
+        train.write_bytes(train.read_bytes()[:-1])
+    elif damage == "missing":
+        train.unlink()
+    elif damage == "meta":
+        meta.write_text(meta.read_text()[:50])
+    else:
+        meta.unlink()
+    assert make(path, cache, said) == first
+    assert ("train.arrow" if damage in ("short", "missing") else "meta.json") in said[0]
+    assert sorted(each.name for each in cache.iterdir()) == sorted([first.dir.name, "fake"])
+
+
+def test_held_out_documents_are_chosen_by_their_text(tmp_path):
+    rows = texts(200)
+    first = make(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", eval_fraction=0.2, max_length=512)
+    train, held = set(documents(first)), set(documents(first, "eval"))
+    assert not train & held
+    assert len(train | held) == 200
+    assert 20 < len(held) < 60
+    again = make(write(tmp_path / "b.jsonl", rows[::-1]), tmp_path / "cache", eval_fraction=0.2, max_length=512)
+    assert set(documents(again, "eval")) == held
+    fewer = make(write(tmp_path / "c.jsonl", rows[:100]), tmp_path / "cache", eval_fraction=0.2, max_length=512)
+    assert set(documents(fewer, "eval")) <= held
+    other = make(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", eval_fraction=0.2, max_length=512, seed=1)
+    assert set(documents(other, "eval")) != held
+
+
+def test_hold_out_by_hand():
+    def held(shares, fraction):
+        return hold_out(np.array(shares), fraction).tolist()
+
+    assert held([0.5, 0.05, 0.9, 0.05], 0.1) == [False, True, False, True]
+    assert held([0.5, 0.3, 0.9, 0.3], 0.1) == [False, True, False, True]  # at least one text: the lowest
+    assert held([0.1, 0.2, 0.3], 0.99) == [True, True, False]  # never all: the highest stays
+    assert held([0.1, 0.2], 0.0) == [False, False]
+    assert held([0.1], 0.5) == held([0.1, 0.1], 0.5)[:1] == [False]  # one text only
+
+
+def test_shares_are_even():
+    shares = [_share(Text("a:1", f"text {i}"), 0) for i in range(2000)]
+    assert abs(np.mean(np.array(shares) < 0.1) - 0.1) < 0.03
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"run.cache=.*choose a folder"):
+        make(write(tmp_path / "a.jsonl", texts(3)), tmp_path / "cache" / "deeper")
+
+
+@spec
+class Killed(Pretrain):
+    def encode(self, example, tokenizer):
+        if example.source.endswith(":5"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(example, tokenizer)
+
+
+def start(*args, **values):
+    process = multiprocessing.get_context("spawn").Process(target=make, args=args, kwargs=values)
+    process.start()
+    return process
+
+
+def test_a_killed_build_leaves_nothing(tmp_path):
+    path, cache = write(tmp_path / "a.jsonl", texts(9)), tmp_path / "cache"
+    process = start(path, cache, objective=Killed())
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(cache.glob(".tmp-*"))) == 1
+    assert not list(cache.glob("data-*"))
+    prepared = make(path, cache)
+    assert sorted(each.name for each in cache.iterdir()) == sorted([prepared.dir.name, "fake"])
+
+
+def test_two_builders_at_once(tmp_path):
+    path, cache = write(tmp_path / "a.jsonl", texts(300)), tmp_path / "cache"
+    FakeModel().assets(lambda: [], cache)
+    processes = [start(path, cache) for _ in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    said = []
+    prepared = make(path, cache, said)
+    assert said == [f"data: reusing {prepared.dir}"]
+    assert sorted(each.name for each in cache.iterdir()) == sorted([prepared.dir.name, "fake"])
+
+
+def test_nothing_slow_is_imported():
+    code = (
+        "import sys, dtrain.data.prepare, dtrain.datasets.jsonl, dtrain.datasets.stdlib;"
+        "slow = {'torch', 'transformers', 'datasets', 'pyarrow', 'tokenizers', 'jinja2', 'numpy'} & set(sys.modules);"
+        "assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_real_text_is_packed_tightly(tmp_path, request):
+    source = request.config.rootpath.parent / "shared" / "data" / "c4_demo.jsonl"
+    if not source.exists():
+        pytest.skip("no c4_demo.jsonl beside the checkout")
+    prepared = make(source, tmp_path / "cache", max_length=2048)
+    assert prepared.counts["read"] == len(source.read_text().splitlines())
+    assert prepared.fill > 0.98
