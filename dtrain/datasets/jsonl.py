@@ -78,6 +78,8 @@ class Jsonl(DatasetSpec):
         names = [self.path] if isinstance(self.path, str) else self.path
         files: dict[Path, None] = {}
         problems = [] if names else ["dataset.path: an empty list; name a file"]
+        if "???" in names:
+            return [], ["dataset.path: not given; name a file, as in dataset.path=data/train.jsonl"]
         for name in names:
             path = Path(name).expanduser()
             found = _matching(path)

@@ -126,6 +126,7 @@ def test_a_path_that_is_not_there(tmp_path):
     assert "there is no folder" in problem(tmp_path / "none" / "a.jsonl")
     assert problem(tmp_path / "*.json").endswith("no file matches; correct the pattern")
     assert problem(tmp_path).endswith(f"is a folder; name its files, as in {tmp_path / '*.jsonl'}")
+    assert Jsonl(path="???").problems() == ["dataset.path: not given; name a file, as in dataset.path=data/train.jsonl"]
     assert Jsonl(path=[]).problems() == ["dataset.path: an empty list; name a file"]
     assert Jsonl(path=str(tmp_path / "train.jsonl")).problems() == []
 
