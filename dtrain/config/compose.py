@@ -133,7 +133,7 @@ def _unknown_choices(group: str, value: str, names: Sequence[str]) -> list[str]:
     if not value:
         return [f"{group}=: no choice given; there are: {', '.join(names)}"]
     chosen = [name.strip().strip("'\"") for name in value.strip("[]").split(",") if name.strip()]
-    return [f"{group}={name}: no such choice{nearest(name, names)} There are: {', '.join(names)}".replace("? There", "?  There")
+    return [f"{group}={name}: no such choice{nearest(name, names)} (there are: {', '.join(names)})"
             for name in chosen if name not in names and name != "null"]  # fmt: skip
 
 

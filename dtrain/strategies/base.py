@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,18 @@ class Shard:
     """First element of the range, in the flattened parameter."""
     views: Mapping[str, torch.Tensor]
     """1-D: `weight`, and each optimizer state by its name once it exists. Filling a view changes the training state."""
+    replica: int = 0
+    """Which of the ranks that hold this same range this one is: a save writes one part of `replicas`, a load fills all."""
+    replicas: int = 1
+
+
+class Update(NamedTuple):
+    """What became of one optimizer step."""
+
+    grad_norm: float
+    """Global, before clipping; not finite where nothing was updated."""
+    skipped: bool = False
+    """fp16 only: gradients overflowed, nothing was updated, the loss scale was lowered. Not an error."""
 
 
 class AbstractStrategy(ABC):
@@ -64,11 +76,8 @@ class AbstractStrategy(ABC):
     def backward(self, loss: torch.Tensor) -> None: ...
 
     @abstractmethod
-    def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients; returns the gradient norm before clipping. Collective.
-
-        Where the norm is not finite nothing is updated.
-        """
+    def step(self, lr: float) -> Update:
+        """Clip, update, clear the gradients. Collective. Where the norm is not finite nothing is updated."""
 
     @abstractmethod
     def shards(self) -> Iterator[Shard]:

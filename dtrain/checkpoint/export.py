@@ -1,0 +1,92 @@
+"""A folder that transformers loads: sharded safetensors, config and tokenizer, there as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from dtrain.checkpoint.safetensors import DTYPES, Writer, plan_shards
+from dtrain.errors import ExportError
+
+_KEPT = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+"""What an export copies of the model's folder besides weights."""
+
+
+def write_export(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]], to: Path, *,
+                 assets: Path, dtype: str, max_shard_bytes: float, name_of: Callable[[str], str] = str) -> None:  # fmt: skip
+    """Write `tensors`, which come one at a time in the order of `shapes`, and only then put `to` in place.
+
+    Memory is bounded by the largest tensor. An export that is there is replaced.
+    """
+    partial = to.with_name(f".tmp-{to.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _copy_assets(assets, partial, dtype)
+        _write_tensors(tensors, {name_of(name): shape for name, shape in shapes.items()}, partial, dtype,
+                       max_shard_bytes, name_of)  # fmt: skip
+        old = to.with_name(f".old-{to.name}-{os.getpid()}")
+        if to.exists():
+            to.rename(old)
+        partial.rename(to)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Iterable[tuple[str, torch.Tensor]]]:
+    """Shapes of what an export holds, and its tensors one at a time in the same order. Raises ExportError."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ExportError(f"{folder}: no *.safetensors in it; give a run that is done, or its export folder")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  not a mapping
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+
+    def tensors() -> Iterable[tuple[str, torch.Tensor]]:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+
+    return shapes, tensors()
+
+
+def _write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]], folder: Path,
+                   dtype: str, max_shard_bytes: float, name_of: Callable[[str], str]) -> None:  # fmt: skip
+    files = plan_shards(shapes, dtype, max_shard_bytes)
+    titles = ["model.safetensors"] if len(files) == 1 else [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]  # fmt: skip
+    source = iter(tensors)
+    for title, names in zip(titles, files, strict=True):
+        writer = Writer(folder / title, {name: shapes[name] for name in names}, dtype)
+        for _ in names:
+            name, tensor = next(source)
+            writer.write(name_of(name), tensor)
+        writer.close()
+    assert next(source, None) is None, "more tensors than were announced"
+    if len(files) > 1:
+        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPES[dtype][2]
+        index = {"metadata": {"total_size": total},
+                 "weight_map": {n: title for title, names in zip(titles, files, strict=True) for n in names}}  # fmt: skip
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _copy_assets(assets: Path, folder: Path, dtype: str) -> None:
+    for file in sorted(assets.iterdir()):
+        if file.is_file() and file.suffix in _KEPT and not file.name.endswith(".safetensors.index.json"):
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(DTYPES[dtype][0]).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

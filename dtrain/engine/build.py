@@ -1,0 +1,73 @@
+"""From frozen values to live things. The only file that calls `.build()`, and the order in which it must be done."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dtrain.engine.engine import Course, Engine
+from dtrain.plan.batch import BatchPlan
+from dtrain.plan.machine import peak_flops
+from dtrain.strategies.base import AbstractStrategy, Optim
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dtrain.comm import AbstractComm
+    from dtrain.config.schema import Config
+    from dtrain.data.store import RowStore
+    from dtrain.models.base import ModelBundle
+    from dtrain.plan.world import World
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Built:
+    engine: Engine
+    strategy: AbstractStrategy
+    bundle: ModelBundle
+    shapes: dict[str, tuple[int, ...]]
+    """Of every parameter, whole, in the module's order."""
+
+
+def build(config: Config, world: World, comm: AbstractComm, *, assets: Path, rows: tuple[RowStore, RowStore],
+          pad_id: int) -> Built:  # fmt: skip
+    """`config` is settled: no `auto` is left in it. Collective."""
+    assert config.train.precision != "auto", config.train.precision
+    assert config.train.steps is not None
+    assert config.batch.global_batch is not None
+    assert config.batch.micro_batch != "auto"
+    device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
+    torch.manual_seed(config.run.seed)
+    bundle = config.tuning.apply(config.model.build(assets, seed=config.run.seed))
+    if config.train.activation_checkpointing:
+        for block in bundle.blocks:
+            recompute(block)
+    shapes = {name: tuple(param.shape) for name, param in bundle.module.named_parameters()}
+    optim = Optim(config.optim, config.train.precision, config.train.grad_clip)
+    strategy = config.strategy.build(world, comm, optim)
+    strategy.wrap(bundle)
+    course = Course(
+        steps=config.train.steps, lr=config.optim.lr, schedule=config.schedule,
+        batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size), seed=config.run.seed,
+        pad_id=pad_id, eval_every=config.eval.every_steps, eval_max_rows=config.eval.max_rows,
+        flops_per_token=config.model.figures().flops_per_token(config.dataset.max_length),
+        peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+    )  # fmt: skip
+    engine = Engine(course, strategy, config.objective.build(), comm, rows, device)
+    return Built(engine, strategy, bundle, shapes)
+
+
+def recompute(block: nn.Module) -> None:
+    """Keep only the block's inputs for the backward pass, and run it again there (arXiv 1604.06174)."""
+    forward = block.forward
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    block.forward = checkpointed  # type: ignore[method-assign]

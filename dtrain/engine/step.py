@@ -1,0 +1,69 @@
+"""One optimizer step. The only place that turns sums over targets into the mean over the global batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dtrain.comm import AbstractComm
+from dtrain.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dtrain.data.batch import Batch
+    from dtrain.objectives.base import Loss
+    from dtrain.strategies.base import AbstractStrategy
+
+Objective = Callable[["nn.Module", "Batch"], "Loss"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """Over all ranks."""
+
+    loss: float
+    """Mean over targets."""
+    grad_norm: float
+    num_targets: int
+    num_tokens: int
+    skipped: bool
+
+
+def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
+               *, lr: float, device: torch.device) -> StepResult:  # fmt: skip
+    """Forward and backward over this rank's micro-batches, then one update. Collective.
+
+    Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number.
+    """
+    counts = [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)]
+    num_targets, num_tokens = (int(n) for n in comm.sum(counts))
+    losses = []
+    for i, batch in enumerate(batches):
+        with strategy.micro(sync=i == len(batches) - 1):
+            loss = objective(strategy.module, batch.to(device))
+            # A sum over this rank's targets; the strategy's mean over ranks then is the mean over all targets.
+            strategy.backward(loss.total * (comm.size / max(1, num_targets)))
+            losses.append(loss.total.detach())
+    sums = torch.stack(losses).tolist()
+    total = comm.sum([sum(sums)])[0]
+    if not math.isfinite(total):
+        raise NonFiniteError(_blame("loss", batches, sums, comm))
+    update = strategy.step(lr)
+    if not math.isfinite(update.grad_norm) and not update.skipped:
+        raise NonFiniteError(_blame("gradient", batches, sums, comm))
+    return StepResult(total / max(1, num_targets), update.grad_norm, num_targets, num_tokens, update.skipped)
+
+
+def _blame(what: str, batches: Sequence[Batch], sums: Sequence[float], comm: AbstractComm) -> str:
+    """Which rows it was: those of the micro-batches with such a loss, or all where only the gradient is. Collective."""
+    bad = [b for b, value in zip(batches, sums, strict=True) if what == "gradient" or not math.isfinite(value)]
+    said = comm.gather(json.dumps([list(b.sample_ids) for b in bad]))
+    rows = [f"rank {rank}: rows {ids}" for rank, text in enumerate(said) if any(ids := json.loads(text))]
+    return (f"the {what} is not finite; nothing was updated. {'; '.join(rows)} of the prepared data. Try a lower "
+            f"optim.lr, a longer schedule.warmup_steps, or look at these rows")  # fmt: skip

@@ -1,0 +1,75 @@
+"""Live data parallelism in fp32: torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import nn
+
+from dtrain.models.base import ModelBundle
+from dtrain.strategies._place import clip_factor, fill, materialise, squared_norm
+from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
+
+if TYPE_CHECKING:
+    from dtrain.plan.world import World
+    from dtrain.strategies.ddp import DDP
+
+
+@final
+class _DDP(AbstractStrategy):
+    def __init__(self, spec: DDP, world: World, optim: Optim) -> None:
+        assert optim.precision == "fp32"
+        self._spec, self._world, self._optim = spec, world, optim
+        self._device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
+
+    def wrap(self, bundle: ModelBundle) -> None:
+        materialise(bundle.module, self._device, torch.float32)
+        self._named = dict(bundle.module.named_parameters())
+        self._optimizer = self._optim.spec.build(self._named.items(), fused=self._device.type == "cuda")
+        fill(self.shards(), bundle.weights)
+        self.module = bundle.module
+        if self._world.size > 1:
+            self.module = nn.parallel.DistributedDataParallel(
+                bundle.module, device_ids=[self._device] if self._device.type == "cuda" else None,
+                bucket_cap_mb=self._spec.bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False,
+            )  # fmt: skip
+
+    def micro(self, *, sync: bool) -> AbstractContextManager[None]:
+        if sync or not isinstance(self.module, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        # no_sync must also cover forward: it decides there whether to arm the reducer.
+        return self.module.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> Update:
+        grads = [p.grad for p in self._named.values() if p.grad is not None]
+        norm = float(squared_norm(grads, self._device).sqrt())
+        if math.isfinite(norm):
+            if (factor := clip_factor(norm, self._optim.grad_clip)) < 1.0:
+                torch._foreach_mul_(grads, factor)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=self._world.size == 1)
+        return Update(norm)
+
+    def shards(self) -> Iterator[Shard]:
+        for name, param in self._named.items():
+            if param.requires_grad:
+                state = self._optimizer.state.get(param, {})
+                views = {"weight": param.detach().view(-1)}
+                views |= {key: one.view(-1) for key, one in state.items() if one.shape == param.shape}
+                yield Shard(name, tuple(param.shape), 0, views, self._world.rank, self._world.size)
+
+    def refresh(self) -> None:
+        """Nothing: the parameters are the masters."""
+
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, param in self._named.items():
+            yield name, param.detach().cpu()

@@ -1,0 +1,117 @@
+"""Live fully_shard, with one replica group or several, and loss scaling in fp16."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dtrain.errors import PlanError
+from dtrain.models.base import ModelBundle
+from dtrain.strategies._place import LossScale, clip_factor, fill, materialise, squared_norm
+from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
+
+if TYPE_CHECKING:
+    from dtrain.plan.world import World
+
+_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@final
+class _FSDP2(AbstractStrategy):
+    def __init__(self, world: World, optim: Optim, *, replicas: int, reshard: bool) -> None:
+        if world.size % replicas:
+            raise PlanError(f"strategy.replicas={replicas}: does not divide the {world.size} ranks")
+        self._world, self._optim, self._reshard = world, optim, reshard
+        self._device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
+        shape = (replicas, world.size // replicas)
+        mesh = init_device_mesh(world.device, shape, mesh_dim_names=("replicate", "shard"))
+        self._mesh = mesh if replicas > 1 else mesh["shard"]
+        self._shard_group = mesh["shard"].get_group()
+        self._replica, self._replicas = mesh.get_local_rank("replicate"), replicas
+        self._scale = LossScale(enabled=optim.precision == "fp16")
+
+    def wrap(self, bundle: ModelBundle) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[self._optim.precision], reduce_dtype=torch.float32)
+        for block in bundle.blocks:
+            fully_shard(block, mesh=self._mesh, mp_policy=policy, reshard_after_forward=self._reshard)
+        root = fully_shard(bundle.module, mesh=self._mesh, mp_policy=policy)
+        assert isinstance(root, FSDPModule)
+        self._root, self.module = root, bundle.module
+        buffers = {name: buffer.to(self._device) for name, buffer in bundle.module.named_buffers()}
+        bundle.module.to_empty(device=self._device)
+        with torch.no_grad():
+            for name, buffer in bundle.module.named_buffers():
+                buffer.copy_(buffers[name])
+        # The update runs on each rank's own piece as a plain tensor that shares its memory: the same arithmetic
+        # without DTensor's dispatch for every operation.
+        self._named: dict[str, DTensor] = {}
+        self._pieces: dict[str, nn.Parameter] = {}
+        for name, param in bundle.module.named_parameters():
+            assert isinstance(param, DTensor), name
+            self._named[name] = param
+            self._pieces[name] = nn.Parameter(param.to_local().detach(), param.requires_grad)
+        self._optimizer = self._optim.spec.build(self._pieces.items(), fused=self._device.type == "cuda")
+        fill(self.shards(), bundle.weights)
+
+    def micro(self, *, sync: bool) -> AbstractContextManager[None]:
+        self._root.set_requires_gradient_sync(sync)
+        self._root.set_is_last_backward(sync)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss * self._scale.value if self._scale.value != 1.0 else loss).backward()
+
+    def step(self, lr: float) -> Update:
+        grads = []
+        for name, piece in self._pieces.items():
+            grad = self._named[name].grad
+            if grad is not None:
+                assert isinstance(grad, DTensor)
+                piece.grad = grad.to_local()
+                grads.append(piece.grad)
+        square = squared_norm(grads, self._device)
+        dist.all_reduce(square, group=self._shard_group)
+        scale = self._scale.value
+        norm = float(square.sqrt()) / scale
+        if math.isfinite(norm):
+            factor = clip_factor(norm, self._optim.grad_clip) / scale
+            if factor != 1.0:
+                torch._foreach_mul_(grads, factor)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        skipped = self._scale.update(norm)
+        self._optimizer.zero_grad()
+        self.module.zero_grad()
+        return Update(norm, skipped)
+
+    def shards(self) -> Iterator[Shard]:
+        for name, param in self._named.items():
+            piece = self._pieces[name]
+            if not piece.requires_grad:
+                continue
+            assert piece.data_ptr() == param.to_local().data_ptr(), f"{name} was moved in memory"
+            _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+            start = offset[0] * math.prod(param.shape[1:]) if piece.numel() else param.numel()
+            state = self._optimizer.state.get(piece, {})
+            views = {"weight": piece.detach().view(-1)}
+            views |= {key: one.view(-1) for key, one in state.items() if one.shape == piece.shape}
+            yield Shard(name, tuple(param.shape), start, views, self._replica, self._replicas)
+
+    def refresh(self) -> None:
+        """Nothing: compute weights are cast from the masters at every gathering."""
+
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, param in self._named.items():
+            full = param.full_tensor()
+            yield name, full.detach().float().cpu()

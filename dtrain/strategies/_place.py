@@ -1,0 +1,73 @@
+"""From meta to memory, and the two things every strategy does to gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from dtrain.models.base import AbstractWeights
+from dtrain.strategies.base import Shard
+
+
+def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype,
+                each: Callable[[nn.Parameter], None] | None = None) -> None:  # fmt: skip
+    """Put empty parameters of `dtype` in place of those on meta, and move the buffers, which are real and keep theirs.
+
+    A parameter that is used in several places stays one. `each` sees every parameter when it is made, one at a time.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if old not in made:
+                made[old] = nn.Parameter(torch.empty(old.shape, device=device, dtype=dtype), old.requires_grad)
+                if each is not None:
+                    each(made[old])
+            owner._parameters[name] = made[old]
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            assert not buffer.is_meta, name
+            owner._buffers[name] = buffer.to(device)
+
+
+def fill(shards: Iterable[Shard], weights: AbstractWeights) -> None:
+    """Read into every shard's `weight` what the model's own files or fresh values say."""
+    with torch.no_grad():
+        for shard in shards:
+            view = shard.views["weight"]
+            view.copy_(weights.read(shard.name, shard.start, view.numel()))
+
+
+def clip_factor(norm: float, most: float) -> float:
+    """What gradients of this global norm are multiplied by; as torch and DeepSpeed do, with the same 1e-6."""
+    return min(1.0, most / (norm + 1e-6)) if most else 1.0
+
+
+def squared_norm(grads: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum of squares of all elements, fp32 scalar on `device`."""
+    norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+
+
+class LossScale:
+    """Dynamic scale of the loss for fp16: halved on overflow, doubled after a while without (arXiv 1710.03740)."""
+
+    def __init__(self, *, enabled: bool, start: float = 2.0**16, grow_after: int = 1000) -> None:
+        self.value = start if enabled else 1.0
+        self._enabled = enabled
+        self._grow_after = grow_after
+        self._good = 0
+
+    def update(self, norm: float) -> bool:
+        """Told the step's gradient norm; True where a scale that was too high explains that it is not finite."""
+        if not self._enabled:
+            return False
+        if math.isfinite(norm):
+            self._good += 1
+            if self._good % self._grow_after == 0:
+                self.value *= 2.0
+            return False
+        self._good = 0
+        self.value /= 2.0
+        return self.value >= 1.0

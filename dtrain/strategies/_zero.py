@@ -1,0 +1,215 @@
+"""Live DeepSpeed ZeRO. Sole importer of deepspeed, and the one place that touches its internals.
+
+Internals used, with the version that they were read in (0.19): `_hp_mapping`, `grad_position`,
+`fp32_partitioned_groups_flat`, `fp16_partitioned_groups_flat`, `single_partition_of_fp32_groups`,
+`fp32_groups_flat_partition`, `update_lp_params`, `_unflatten_partitioned_parameters`, `invalidate_secondary_tensor`,
+`persistent_parameters`, `grad_partitions_flat_buffer`, `ops.__compatible_ops__`, `zero.Init._convert_to_zero_parameters`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dtrain.models.base import AbstractWeights, ModelBundle
+from dtrain.strategies._place import fill, materialise
+from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
+
+if TYPE_CHECKING:
+    from dtrain.plan.world import World
+    from dtrain.strategies.zero import ZeRO
+
+_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@final
+class _ZeRO(AbstractStrategy):
+    def __init__(self, spec: ZeRO, world: World, optim: Optim) -> None:
+        self._spec, self._world, self._optim = spec, world, optim
+        self._device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
+        self._deepspeed = _import_deepspeed(world)
+
+    def wrap(self, bundle: ModelBundle) -> None:
+        module, config = bundle.module, self._config()
+        dtype = _COMPUTE[self._optim.precision]
+        if self._spec.stage == 3:
+            self._partition(module, bundle.weights, config, dtype)
+        else:
+            materialise(module, self._device, dtype)
+        optimizer = self._optim.spec.build(module.named_parameters(), fused=self._fused)
+        engine, zero, *_ = self._deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self.module, self._engine, self._zero = engine, engine, zero
+        self._named = dict(module.named_parameters())
+        if not self._on_nvme:
+            fill(self.shards(), bundle.weights)
+            self.refresh()
+
+    @property
+    def _fused(self) -> bool:
+        return self._device.type == "cuda" and self._spec.offload_optimizer == "none"
+
+    @property
+    def _on_nvme(self) -> bool:
+        return "nvme" in (self._spec.offload_optimizer, self._spec.offload_param)
+
+    def _partition(self, module: nn.Module, weights: AbstractWeights, config: dict[str, Any], dtype: torch.dtype) -> None:
+        """Make and divide one parameter at a time. Values come later, into the masters; with NVMe, which keeps the
+        masters on disk, at once and in compute precision."""
+        init = self._deepspeed.zero.Init(config_dict_or_path=config)
+        names = iter([name for name, _ in module.named_parameters()]) if self._on_nvme else None
+
+        def divide(param: nn.Parameter) -> None:
+            if names is not None:
+                param.data.copy_(weights.read(next(names), 0, param.numel()).view(param.shape))
+            init._convert_to_zero_parameters([param])
+
+        materialise(module, self._device, dtype, each=divide)
+
+    def micro(self, *, sync: bool) -> AbstractContextManager[None]:
+        return nullcontext()  # every engine.step() is a boundary: managed_gradient_accumulation is off
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Update:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if self._spec.stage == 3:
+            # A parameter without a gradient in the first micro-batch would start from last step's.
+            buffer = getattr(self._zero, "grad_partitions_flat_buffer", None)
+            if buffer is not None:
+                buffer.zero_()
+        applied = self._engine.was_step_applied()
+        if not applied and math.isfinite(norm):
+            norm = math.inf
+        return Update(norm, skipped=not applied and self._optim.precision == "fp16")
+
+    def shards(self) -> Iterator[Shard]:
+        assert not self._on_nvme, "state on NVMe has no live views"
+        for name, param in self._named.items():
+            if param.requires_grad:
+                shard = self._divided(name, param) if self._spec.stage == 3 else self._fragment(name, param)
+                if shard is not None:
+                    yield shard
+
+    def _divided(self, name: str, param: Any) -> Shard:
+        zero = self._zero
+        group, offset, _ = zero.grad_position[zero.get_param_id(param)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        rank = dist.get_rank(param.ds_process_group)  # noqa: TID251
+        start = min(rank * param.partition_numel(), param.ds_numel)
+        numel = max(0, min(param.partition_numel(), param.ds_numel - start))
+        state = zero.optimizer.state.get(flat, {})
+        views = {"weight": flat.detach().narrow(0, offset, numel)}
+        views |= {key: one.narrow(0, offset, numel) for key, one in state.items() if _shaped(one, flat)}
+        return Shard(name, tuple(param.ds_shape), start, views)
+
+    def _fragment(self, name: str, param: Any) -> Shard | None:
+        mapping = param._hp_mapping
+        if mapping is None:  # this rank owns nothing of it
+            return None
+        views = {"weight": mapping.hp_fragment.detach()}
+        views |= {key: one for key, one in (mapping.optim_fragment or {}).items() if _shaped(one, mapping.hp_fragment)}
+        return Shard(name, tuple(param.shape), mapping.lp_fragment_address.start, views)
+
+    def refresh(self) -> None:
+        zero = self._zero
+        if self._spec.stage != 3:
+            zero.update_lp_params()
+            return
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
+            zero._unflatten_partitioned_parameters(i)
+        zero.invalidate_secondary_tensor()
+        kept = zero.persistent_parameters
+        if kept:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, param in self._named.items():
+            full = safe_get_full_fp32_param(param) if param.requires_grad else None
+            if full is None:
+                with self._deepspeed.zero.GatheredParameters([param], enabled=self._spec.stage == 3):
+                    full = param.detach().clone()
+            yield name, full.detach().float().cpu().view(getattr(param, "ds_shape", param.shape))
+
+    def _config(self) -> dict[str, Any]:
+        """What DeepSpeed is given: written whole by us, so that no default of its own decides."""
+        s, precision = self._spec, self._optim.precision
+        pin = s.pin_memory and self._device.type == "cuda"
+        zero: dict[str, Any] = {
+            "stage": s.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": s.overlap_comm,
+            "reduce_bucket_size": s.reduce_bucket_size,
+            "allgather_bucket_size": s.allgather_bucket_size,
+            "round_robin_gradients": False,
+        }
+        if s.stage == 3:
+            zero |= {
+                "stage3_prefetch_bucket_size": s.prefetch_bucket_size,
+                "stage3_param_persistence_threshold": s.param_persistence_threshold,
+                "stage3_max_live_parameters": s.max_live_parameters,
+                "stage3_max_reuse_distance": s.max_reuse_distance,
+                "sub_group_size": s.sub_group_size,
+                "memory_efficient_linear": False,  # it would round bf16 differently from the other strategies
+                "zero_hpz_partition_size": s.zero_hpz_partition_size,
+                "zero_quantized_weights": s.zero_quantized_weights,
+                "zero_quantized_gradients": s.zero_quantized_gradients,
+            }
+        for key in ("offload_optimizer", "offload_param"):
+            if (where := getattr(s, key)) != "none":
+                zero[key] = {"device": where, "pin_memory": pin} | ({"nvme_path": s.nvme_path} if where == "nvme" else {})
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self._optim.grad_clip,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": False,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "steps_per_print": 2**31,
+        }
+
+
+def _shaped(state: object, like: torch.Tensor) -> bool:
+    return isinstance(state, torch.Tensor) and state.shape == like.shape
+
+
+def _import_deepspeed(world: World) -> Any:
+    """deepspeed, told which device there is and kept from compiling anything at start."""
+    if world.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # Ops that are asked for by name (NVMe's) are built in a folder of this run: the shared one can hold a stale lock.
+    folder = Path(tempfile.gettempdir()) / f"dtrain-torch-extensions-{os.getppid()}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    ops = getattr(deepspeed.ops, "__compatible_ops__", None)
+    assert isinstance(ops, dict), "deepspeed.ops.__compatible_ops__ is gone: on CPU it would compile an op at start"
+    if world.device == "cpu":
+        ops["deepspeed_shm_comm"] = False
+    return deepspeed

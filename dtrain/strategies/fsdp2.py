@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from dtrain.config.spec import StrategySpec, spec
+from dtrain.plan.memory import Need, StateBytes
+
+if TYPE_CHECKING:
+    from dtrain.comm import AbstractComm
+    from dtrain.plan.world import World
+    from dtrain.strategies.base import AbstractStrategy, Optim
+
+
+@spec
+class FSDP2(StrategySpec):
+    """torch's `fully_shard`: each block is gathered for its forward and backward and divided again after."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Groups that hold the whole model; ranks shard within a group and average between groups (HSDP). Divides the ranks."""
+    reshard_after_forward: bool = True
+    """Divide a block again after its forward: less memory, one more gathering."""
+
+    def states(self, need: Need) -> StateBytes:
+        f, trained = need.figures, need.num_trainable
+        over = max(1, need.topology.size // self.replicas)
+        outside = f.num_params - f.layers * f.num_block_params
+        blocks = 2 if self.reshard_after_forward else f.layers
+        gathered = float(need.compute_bytes * (outside + blocks * f.num_block_params)) if over > 1 else 0.0
+        # The reduce-scatter input of one block, fp32.
+        gathered += 4.0 * f.num_block_params
+        return StateBytes(4.0 * f.num_params / over, 4.0 * trained / over, float(need.state_bytes * trained) / over,
+                          gathered)  # fmt: skip
+
+    def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:
+        from dtrain.strategies._fsdp2 import _FSDP2
+
+        return _FSDP2(world, optim, replicas=self.replicas, reshard=self.reshard_after_forward)

@@ -1,0 +1,163 @@
+"""A small causal model on disk, ragged rows with masked targets, and one plain process that trains on them.
+
+The plain loop uses transformers and torch alone: each document by itself, whole logits, `cross_entropy`, one backward
+pass over the whole global batch's sum. What dtrain does in any parallel form is compared to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtrain.data.order import global_batch_ids
+from dtrain.data.rows import Row
+from dtrain.data.store import RowStore, write_rows
+
+VOCAB, LENGTH, ROWS, EVAL_ROWS = 97, 24, 26, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    global_batch: int
+    steps: int = 10
+    lr: float = 1e-2
+    grad_clip: float = 0.5
+    weight_decay: float = 0.1
+    warmup_steps: int = 3
+    seed: int = 5
+
+
+def make(folder: Path) -> None:
+    """`folder/model` and `folder/{train,eval}.arrow`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=56, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).float().save_pretrained(folder / "model", max_shard_size="20KB")
+    draw = np.random.default_rng(0)
+    for name, num in (("train", ROWS), ("eval", EVAL_ROWS)):
+        write_rows(folder / f"{name}.arrow", [_row(draw) for _ in range(num)], num)
+
+
+def _row(draw: np.random.Generator) -> Row:
+    """One to three documents, about half of the tokens targets; now and then a row with hardly any."""
+    lengths = np.array([draw.integers(3, LENGTH // 3 + 1) for _ in range(draw.integers(1, 4))], np.int32)
+    total = int(lengths.sum())
+    targets = draw.random(total) < draw.choice([0.1, 0.5, 0.9])
+    targets[np.concatenate([[0], np.cumsum(lengths)[:-1]])] = False
+    targets[1] = True
+    return Row(draw.integers(0, VOCAB, total).astype(np.int32), targets, lengths)
+
+
+def reference(folder: Path, recipe: Recipe) -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
+    """Losses and gradient norms per step, final weights, and the final loss on the held-out rows."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    store, losses, norms = RowStore(folder / "train.arrow"), [], []
+    for step in range(recipe.steps):
+        rows = [store.row(int(i)) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))]
+        loss = _mean_loss(model, rows)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * _cosine(step, recipe)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    held_out = RowStore(folder / "eval.arrow")
+    with torch.no_grad():
+        eval_loss = float(_mean_loss(model, [held_out.row(i) for i in range(len(held_out))]))
+    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}, eval_loss
+
+
+def _mean_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
+    total, num_targets = torch.zeros(()), 0
+    for row in rows:
+        start = 0
+        for length in row.lengths.tolist():
+            ids = torch.from_numpy(row.tokens[start : start + length].astype(np.int64))
+            learned = torch.from_numpy(row.targets[start : start + length].copy())[1:]
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
+            num_targets += int(learned.sum())
+            start += length
+    return total / num_targets
+
+
+def _cosine(step: int, recipe: Recipe) -> float:
+    """Warm-up over 3 steps, then half a cosine to zero at the end."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def overrides(folder: Path, recipe: Recipe, *more: str) -> list[str]:
+    """The same run for dtrain, as a user would type it."""
+    return [
+        "model=hf", f"model.path={folder / 'model'}", "dataset=stdlib", f"dataset.max_length={LENGTH}",
+        "objective=pretrain", "schedule=cosine", "schedule.min_factor=0", f"schedule.warmup_steps={recipe.warmup_steps}",
+        f"optim.lr={recipe.lr}", f"optim.weight_decay={recipe.weight_decay}", f"train.steps={recipe.steps}",
+        f"train.grad_clip={recipe.grad_clip}", f"batch.global_batch={recipe.global_batch}", "batch.micro_batch=2",
+        f"run.seed={recipe.seed}", "train.precision=fp32", "device=cpu", "eval.max_rows=null", *more,
+    ]  # fmt: skip
+
+
+class Record:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.reports: list[Any] = []
+        self.evals: list[Any] = []
+
+    def step(self, report: Any) -> None:
+        self.reports.append(report)
+
+    def eval(self, report: Any) -> None:
+        self.evals.append(report)
+
+    def note(self, line: str) -> None: ...
+
+
+@dataclasses.dataclass
+class Trained:
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, np.ndarray]
+    eval_loss: float
+
+
+def train(folder: Path, typed: list[str]) -> Trained:
+    """What dtrain makes of it; call it on every rank."""
+    from dtrain.comm import TorchComm
+    from dtrain.config.compose import compose
+    from dtrain.config.validate import validate
+    from dtrain.engine.build import build
+    from dtrain.engine.state import Progress
+    from dtrain.plan.world import World
+
+    config = validate(compose(typed))
+    world = World.from_env("cpu")
+    comm = TorchComm(world)
+    rows = (RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
+    built = build(config, world, comm, assets=folder / "model", rows=rows, pad_id=0)
+    record = Record()
+    built.engine.run([record], Progress())  # type: ignore[list-item]
+    weights = {name: full.numpy() for name, full in built.strategy.full_state()}
+    return Trained([r.loss for r in record.reports], [r.grad_norm for r in record.reports], weights,
+                   record.evals[-1].loss)  # fmt: skip
