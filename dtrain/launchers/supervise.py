@@ -47,7 +47,8 @@ def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[st
 
 
 def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    # On a terminal the run's own lines are redrawn in place, two of them: step out of their way.
+    sys.stderr.write(f"\n{line}\n\n" if sys.stderr.isatty() else line + "\n")
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Bar(AbstractTracker):
         self._fit()
         self._last = report
         left = self._eta.after(report.step)
-        text = "" if left is None else f"{duration(left)} left"
+        text = "" if left is None or report.step >= self._eta.steps else f"{duration(left)} left"
         self._progress.update(self._task, completed=report.step, left=text)
         self._figures.plain = figures(report)
         self._figures.style = ""
