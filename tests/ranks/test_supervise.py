@@ -33,7 +33,7 @@ def command(run: RunDir, what: str, size: int) -> Command:
 
 @pytest.fixture()
 def run(tmp_path: Path) -> RunDir:
-    made = RunDir(tmp_path / "a run's \"folder\" é")
+    made = RunDir(tmp_path / 'a run\'s "folder" é')
     made.path.mkdir()
     return made
 

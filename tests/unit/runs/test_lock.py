@@ -52,7 +52,9 @@ def test_released_when_the_block_ends_even_by_an_error(tmp_path: Path) -> None:
 def test_a_later_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     me = Holder.me()
-    (tmp_path / ".lock").write_text(json.dumps({"pid": me.pid, "host": me.host, "started": me.started - 5, "since": "x"}))
+    (tmp_path / ".lock").write_text(
+        json.dumps({"pid": me.pid, "host": me.host, "started": me.started - 5, "since": "x"})
+    )
     assert run.holder() is None
 
 

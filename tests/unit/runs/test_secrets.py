@@ -31,7 +31,9 @@ def test_a_command_line() -> None:
 
 
 def test_a_config_at_any_depth() -> None:
-    config = {"model": {"hub_token": "hunter2", "eos_token": "</s>", "list": [{"password": "x"}], "n": 3, "api_key": None}}
+    config = {
+        "model": {"hub_token": "hunter2", "eos_token": "</s>", "list": [{"password": "x"}], "n": 3, "api_key": None}
+    }
     assert redact_config(config, {}) == {
         "model": {"hub_token": "***", "eos_token": "</s>", "list": [{"password": "***"}], "n": 3, "api_key": None}
     }

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from dtrain.trackers._plot import limits, smooth
+from dtrain.trackers.base import AbstractTracker
+from dtrain.trackers.jsonl import Jsonl
+from tests.unit.trackers.reports import eval_report, step_report
+
+KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu", "mem_bytes",
+        "epoch", "samples"]  # fmt: skip
+
+
+def started(run_dir: Path, *, first_step: int = 0, plot: bool = False) -> AbstractTracker:
+    tracker = Jsonl(plot=plot).build(run_dir, {}, io.StringIO())
+    tracker.start(steps=100, first_step=first_step, lines=[])
+    return tracker
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_one_object_a_step_with_exactly_these_keys(tmp_path: Path) -> None:
+    tracker = started(tmp_path)
+    tracker.step(step_report(1))
+    tracker.step(step_report(2, extras={"aux_loss": 0.5, "loss": 9.0}))
+    tracker.eval(eval_report(2, extras={"accuracy": 0.5}))
+    first, second = (
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )  # before the end
+    assert list(first) == KEYS
+    assert (list(second), second["loss"]) == ([*KEYS, "aux_loss"], 2.5)
+    evaluated = json.loads((tmp_path / "eval.jsonl").read_text())
+    assert evaluated == {"step": 2, "loss": 2.25, "num_targets": 90, "eval_s": 1.0, "accuracy": 0.5}
+    tracker.finish(outcome="done")
+
+
+def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
+    tracker = started(tmp_path)
+    tracker.step(step_report(1, loss=float("nan"), grad_norm=float("inf"), extras={"x": float("-inf")}))
+    tracker.finish(outcome="failed")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (row["loss"], row["grad_norm"], row["x"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(("first_step", "kept"), [(3, [1, 2, 3, 4]), (0, [1]), (5, [1, 2, 3, 4, 5, 6])])
+def test_steps_that_are_done_again_stand_once(tmp_path: Path, first_step: int, kept: list[int]) -> None:
+    tracker = started(tmp_path)
+    for step in range(1, 6):
+        tracker.step(step_report(step))
+        tracker.eval(eval_report(step))
+    tracker.finish(outcome="failed")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # torn by a kill
+    tracker = started(tmp_path, first_step=first_step)
+    tracker.step(step_report(first_step + 1))
+    tracker.finish(outcome="done")
+    assert steps(tmp_path / "metrics.jsonl") == kept
+    assert steps(tmp_path / "eval.jsonl") == [step for step in range(1, 6) if step <= first_step]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.jsonl", "metrics.jsonl"]
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    tracker = started(tmp_path, plot=True)
+    for step in range(1, 31):
+        tracker.step(step_report(step, loss=float("nan") if step == 7 else 3 - step / 20))
+    tracker.eval(eval_report(30))
+    tracker.finish(outcome="done")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_no_picture_of_one_point(tmp_path: Path) -> None:
+    tracker = started(tmp_path, plot=True)
+    tracker.step(step_report(1))
+    tracker.finish(outcome="done")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_smoothing_is_a_mean_without_a_bias_at_its_begin() -> None:
+    assert smooth([(1, 4.0), (2, 4.0), (3, 4.0)]) == [(1, 4.0), (2, 4.0), (3, 4.0)]
+    # keep = 1/2: (4*1/4 + 1*1/2) / (3/4) = 2
+    assert smooth([(1, 4.0), (2, 1.0)]) == [(1, 4.0), (2, 2.0)]
+
+
+def test_one_spike_does_not_flatten_the_curve() -> None:
+    low, high = limits([*[2.0 + step / 1000 for step in range(999)], 500.0])
+    assert low < 2.0
+    assert 3.0 < high < 3.2
