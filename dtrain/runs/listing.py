@@ -36,7 +36,7 @@ def list_runs(root: Path) -> list[RunSummary]:
     if not root.is_dir():
         return []
     found = {path.parent for pattern in ("*/manifest.json", "*/config.yaml") for path in root.glob(pattern)}
-    summaries = [summary(RunDir(path)) for path in found]
+    summaries = [summary(RunDir(path)) for path in found if not path.name.startswith(".")]
     return sorted(summaries, key=lambda run: (run.started or "", run.name), reverse=True)
 
 

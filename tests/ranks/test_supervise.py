@@ -31,7 +31,7 @@ def command(run: RunDir, what: str, size: int) -> Command:
     return Command([*argv[:-3], RANK, what], made.env)
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / 'a run\'s "folder" é')
     made.path.mkdir()

@@ -33,7 +33,7 @@ def test_a_number_is_taken_or_refused() -> None:
 
 @pytest.mark.parametrize("bad", [{"procs": 0}, {"procs": "many"}, {"threads": -1}, {"proc": 1}])
 def test_bad_values_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="proc|threads"):
+    with pytest.raises(ValueError, match=r"proc|threads"):
         Local(**bad)
 
 

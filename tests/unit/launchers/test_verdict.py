@@ -27,7 +27,7 @@ Root Cause (first observed failure):
 ECHO = "[pair.cc:534] Connection closed by peer [127.0.0.1]:42614"
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "r")
     made.new_attempt()

@@ -78,14 +78,16 @@ def test_the_first_failure_of_a_rank_stays(tmp_path: Path) -> None:
     assert run.first_failure(0).message == "first"
 
 
-@pytest.mark.parametrize(("error", "kind"), [(DataError("x"), "user"), (NonFiniteError("x"), "nonfinite"),
-                                             (OSError(errno.ENOSPC, "full"), "storage"), (KeyError("x"), "worker")])  # fmt: skip
+@pytest.mark.parametrize(("error", "kind"), [
+    (DataError("x"), "user"), (NonFiniteError("x"), "nonfinite"), (OSError(errno.ENOSPC, "full"), "storage"),
+    (KeyError("x"), "worker")])  # fmt: skip
 def test_kinds(error: Exception, kind: str) -> None:
     assert kind_of(error) == kind
 
 
-@pytest.mark.parametrize(("kind", "state", "code"), [("done", "done", 0), ("stopped", "stopped", 75), ("user", "failed", 2),
-                                                     ("worker", "failed", 3), ("hang", "failed", 3)])  # fmt: skip
+@pytest.mark.parametrize(("kind", "state", "code"), [
+    ("done", "done", 0), ("stopped", "stopped", 75), ("user", "failed", 2), ("worker", "failed", 3),
+    ("hang", "failed", 3)])  # fmt: skip
 def test_an_outcome_is_of_its_attempt(tmp_path: Path, kind: str, state: str, code: int) -> None:
     run = RunDir(tmp_path)
     assert run.read_outcome() is None
@@ -104,6 +106,7 @@ def test_list_runs(tmp_path: Path) -> None:
         run.metrics.write_text('{"step": 4, "loss": 2.5}\n{"step": 5, "lo')  # torn by a kill
     RunDir(tmp_path / "old").write_outcome("done", 0, step=10)
     (tmp_path / "unrelated").mkdir()
+    RunDir(tmp_path / ".cache").write_manifest({})
     with RunDir(tmp_path / "live").lock():
         runs = list_runs(tmp_path)
     assert [(run.name, run.state) for run in runs] == [("live", "running"), ("new", "died"), ("old", "done")]
@@ -112,7 +115,10 @@ def test_list_runs(tmp_path: Path) -> None:
 
 
 def test_versions_without_importing(tmp_path: Path) -> None:
-    code = "import sys, json; from dtrain.runs import versions; v = versions(); assert 'torch' not in sys.modules; print(json.dumps(v))"
+    code = (
+        "import sys, json; from dtrain.runs import versions; said = versions();"
+        "assert 'torch' not in sys.modules; print(json.dumps(said))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     said = json.loads(done.stdout)
     assert "torch" in said["packages"]

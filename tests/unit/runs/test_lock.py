@@ -15,7 +15,13 @@ from dtrain.errors import RunError
 from dtrain.runs import RunDir, check
 from dtrain.runs.lock import SILENT_S, Holder
 
-HOLD = "import sys; from dtrain.runs import RunDir\nwith RunDir(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from dtrain.runs import RunDir
+with RunDir(sys.argv[1]).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_second_holder_is_refused_with_who_and_the_way_out(tmp_path: Path) -> None:
@@ -101,7 +107,7 @@ def test_check_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_check_refuses_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(RunError, match="file is not a folder; set `run.dir`"):
+        with pytest.raises(RunError, match=r"file is not a folder; set `run.dir`"):
             check(path)
 
 
@@ -111,7 +117,7 @@ def test_check_refuses_what_cannot_be_written(tmp_path: Path, monkeypatch: pytes
             check(Path("/proc/run"))
         return
     tmp_path.chmod(0o500)
-    with pytest.raises(RunError, match="cannot write in .*Permission denied"):
+    with pytest.raises(RunError, match=r"cannot write in .*Permission denied"):
         check(tmp_path / "run")
 
 

@@ -11,8 +11,8 @@ from dtrain.trackers.base import AbstractTracker
 from dtrain.trackers.jsonl import Jsonl
 from tests.unit.trackers.reports import eval_report, step_report
 
-KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu", "mem_bytes",
-        "epoch", "samples"]  # fmt: skip
+KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu",
+        "mem_bytes", "epoch", "samples"]  # fmt: skip
 
 
 def started(run_dir: Path, *, first_step: int = 0, plot: bool = False) -> AbstractTracker:
