@@ -19,11 +19,11 @@ SECTIONS: dict[str, type] = {
 _SCALARS = ("device", "device_memory_gb", "plugins")
 
 
-def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = ()) -> Config:
+def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = (), found: Sequence[str] = ()) -> Config:
     """The configuration of a run, or ConfigError with every problem. `plugins`: packages that `_target_` may name
-    besides dtrain; from the command line, never from a file."""
+    besides dtrain; from the command line, never from a file. `found`: problems met before, to be told with the rest."""
     keys = [*GROUPS, *SECTIONS, *_SCALARS]
-    problems = [f"{key}: unknown key{nearest(key, keys)}" for key in data if key not in keys]
+    problems = [*found, *(f"{key}: unknown key{nearest(key, keys)}" for key in data if key not in keys)]
     values: dict[str, Any] = {}
     for group in GROUPS:
         entry = data.get(group)
@@ -41,6 +41,15 @@ def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = ()) -> Config:
     if problems:
         raise ConfigError.of(problems)
     return Config(**values)
+
+
+def validate_spec(group: str, entry: Mapping[str, Any], *, plugins: Sequence[str] = ()) -> AbstractSpec:
+    """One spec of a group from what its file says. Raises ConfigError."""
+    problems: list[str] = []
+    spec = _spec(group, group, entry, plugins, problems)
+    if spec is None or problems:
+        raise ConfigError.of(problems)
+    return spec
 
 
 def _scalars(data: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dtrain.checkpoint.export import write_export
 from dtrain.engine.engine import Course, Engine
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
@@ -29,8 +31,29 @@ class Built:
     engine: Engine
     strategy: AbstractStrategy
     bundle: ModelBundle
+    config: Config
+    comm: AbstractComm
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter, whole, in the module's order."""
+
+    @property
+    def lines(self) -> list[str]:
+        """What runs, in words."""
+        num = sum(math.prod(shape) for shape in self.shapes.values())
+        batch = BatchPlan(self.config.batch.global_batch or 0, int(self.config.batch.micro_batch), self.comm.size)
+        return [f"{num / 1e6:,.1f} M parameters on {self.comm.size} {self.config.device} ranks, "
+                f"{self.config.train.precision}", batch.describe()]  # fmt: skip
+
+    def export(self, to: Path) -> None:
+        """Write the full weights with config and tokenizer. Collective: rank 0 writes, one tensor at a time."""
+        tensors = self.strategy.full_state()
+        if self.comm.rank != 0:
+            for _ in tensors:
+                pass
+            return
+        assert self.config.export.dtype != "auto"
+        write_export(tensors, self.shapes, to, assets=self.bundle.assets, dtype=self.config.export.dtype,
+                     max_shard_bytes=self.config.export.max_shard_gb * 1e9, name_of=self.bundle.export_name)  # fmt: skip
 
 
 def build(config: Config, world: World, comm: AbstractComm, *, assets: Path, rows: tuple[RowStore, RowStore],
@@ -58,7 +81,7 @@ def build(config: Config, world: World, comm: AbstractComm, *, assets: Path, row
         peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )  # fmt: skip
     engine = Engine(course, strategy, config.objective.build(), comm, rows, device)
-    return Built(engine, strategy, bundle, shapes)
+    return Built(engine, strategy, bundle, config, comm, shapes)
 
 
 def recompute(block: nn.Module) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dtrain.config.spec import ObjectiveSpec, spec
-from dtrain.data.rows import Row
 from dtrain.datasets.base import Example, Text
 from dtrain.errors import DataError
 
@@ -16,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dtrain.data.batch import Batch
+    from dtrain.data.rows import Row
     from dtrain.data.tokenizer import TextTokenizer
     from dtrain.objectives.base import Loss
 
@@ -23,6 +21,10 @@ if TYPE_CHECKING:
 @spec
 class Pretrain(ObjectiveSpec):
     def encode(self, example: Example, tokenizer: TextTokenizer) -> Row:
+        import numpy as np  # not at the top: `dtrain plan` imports this file and needs no arrays
+
+        from dtrain.data.rows import Row
+
         if not isinstance(example, Text):
             raise DataError(f"{example.source}: a {type(example).__name__.lower()} row, and objective=pretrain learns "
                             f"plain text; use objective=sft, or a dataset of texts")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,12 @@ from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
 if TYPE_CHECKING:
     from dtrain.plan.world import World
     from dtrain.strategies.ddp import DDP
+
+_UNSYNCED_BUFFERS = {
+    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}  # fmt: skip
+"""torch 2.13 renamed it. Buffers are the same on all ranks by construction."""
 
 
 @final
@@ -35,7 +42,7 @@ class _DDP(AbstractStrategy):
         if self._world.size > 1:
             self.module = nn.parallel.DistributedDataParallel(
                 bundle.module, device_ids=[self._device] if self._device.type == "cuda" else None,
-                bucket_cap_mb=self._spec.bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False,
+                bucket_cap_mb=self._spec.bucket_mb, gradient_as_bucket_view=True, **_UNSYNCED_BUFFERS,
             )  # fmt: skip
 
     def micro(self, *, sync: bool) -> AbstractContextManager[None]:

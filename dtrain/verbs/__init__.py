@@ -1,0 +1,1 @@
+"""What can be typed after `dtrain`. A verb is a file here; nothing lists them."""

@@ -13,7 +13,7 @@ from tests.contract.small import Recipe, Trained, make, overrides, reference, tr
 from tests.processes import run_ranks
 
 STRATEGIES = [name for name in choices()["strategy"]
-              if not validate(compose([f"strategy={name}"])).strategy.candidates()]  # fmt: skip
+              if not validate(compose([f"strategy={name}"]).values).strategy.candidates()]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

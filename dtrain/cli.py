@@ -1,0 +1,86 @@
+"""The command line. The only place that prints an error and picks an exit code.
+
+A verb is a module of `dtrain.verbs` with a docstring, of which the first line is its help, `add(parser)`, and
+`run(args) -> int`. It is imported when it is typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import dtrain
+import dtrain.verbs
+from dtrain.errors import DtrainError, UserError
+
+INTERNAL = ("worker",)
+"""Started by launchers, never typed."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Exit code of `dtrain <argv>`: 0 done, 2 the user's input, 3 a rank failed, 75 stopped early on purpose."""
+    verbs = [m.name for m in pkgutil.iter_modules(dtrain.verbs.__path__) if not m.name.startswith("_")]
+    shown = [verb for verb in verbs if verb not in INTERNAL]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help(shown))
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"dtrain {dtrain.__version__}")
+        return 0
+    verb = argv[0]
+    if verb not in verbs:
+        close = get_close_matches(verb, shown, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        return _fail(UserError(f"{verb}: no such verb{hint} There are: {', '.join(shown)}"))
+    module = importlib.import_module(f"dtrain.verbs.{verb}")
+    parser = _Parser(prog=f"dtrain {verb}", description=module.__doc__, add_help=verb not in ("launch", "plan"),
+                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    try:
+        module.add(parser)
+        return int(module.run(parser.parse_args(argv[1:])))
+    except DtrainError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `dtrain runs ls | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+def _fail(error: DtrainError) -> int:
+    lines = str(error).splitlines() or [type(error).__name__]
+    if len(lines) > 1:
+        print(f"{len(lines)} problems:", file=sys.stderr)
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _help(verbs: Sequence[str]) -> str:
+    lines = ["dtrain: fine-tune and pre-train language models; the same model whatever the parallelism.", "",
+             "usage: dtrain VERB ...", ""]  # fmt: skip
+    width = max(map(len, verbs))
+    lines += [f"  {verb:<{width}}  {_summary(verb)}" for verb in verbs]
+    lines += ["", "Start with:  dtrain launch +strategy=zero3 launcher.procs=2", "More on one: dtrain VERB --help"]
+    return "\n".join(lines)
+
+
+def _summary(verb: str) -> str:
+    """First line of a verb's docstring, read without importing it."""
+    source = (Path(dtrain.verbs.__path__[0]) / f"{verb}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]

@@ -1,0 +1,151 @@
+"""Train: compose the configuration, plan, prepare the data, start every rank, and see it through."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.verbs import _overrides
+
+if TYPE_CHECKING:
+    from dtrain.config.schema import Config
+    from dtrain.data.prepare import Prepared
+    from dtrain.plan.propose import Proposal
+    from dtrain.runs import RunDir
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    _overrides.add(parser)
+    parser.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of key=a,b values")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration, and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the command, and start nothing")
+    parser.set_defaults(parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dtrain.config.compose import sweep
+
+    if args.help:
+        print(_overrides.help_text(args.parser, args.config_dir), end="")
+        return 0
+    if args.cfg:
+        return _print_config(args.overrides, args.config_dir)
+    if not args.multirun:
+        return _launch(args.overrides, args)
+    codes = []
+    combinations = sweep(args.overrides)
+    names = _names(combinations)
+    for i, (overrides, name) in enumerate(zip(combinations, names, strict=True), 1):
+        print(f"--- run {i} of {len(combinations)}: {' '.join(overrides)}", flush=True)
+        codes.append(_launch([*overrides, *name], args))
+    return max(codes)
+
+
+def _launch(overrides: list[str], args: argparse.Namespace) -> int:
+    """One run, from what was typed to its exit code."""
+    from dtrain.data.prepare import prepare
+    from dtrain.launchers.supervise import supervise
+    from dtrain.launchers.verdict import explain
+    from dtrain.plan.describe import describe
+    from dtrain.plan.propose import propose
+    from dtrain.plan.settle import settle
+    from dtrain.runs import RunDir, check
+
+    proposal = propose(overrides, args.config_dir)
+    config, plan = proposal.config, proposal.plan
+    run = RunDir(Path(config.run.dir) / config.run.name)
+    worker = ["worker", "--run-dir", str(run.path), *(f"--plugin={name}" for name in proposal.plugins)]
+    print(describe(config, plan), flush=True)
+    if args.dry_run:
+        command = config.launcher.command(run.path, worker, plan.topology)
+        print("command    " + " ".join([*(f"{k}={shlex.quote(v)}" for k, v in command.env.items()),
+                                        shlex.join(command.argv)]))  # fmt: skip
+        return 0
+    check(run.path)
+    _refuse_done(run)
+    cache = Path(config.run.cache) if config.run.cache else Path(config.run.dir) / ".cache"
+    prepared = prepare(config.dataset, config.objective, config.model, eval_fraction=config.eval.fraction,
+                       seed=config.run.seed, cache=cache.absolute(), say=_say)  # fmt: skip
+    for line in prepared.lines():
+        _say(line)
+    _say(f"objective: {type(prepared.objective).__name__.lower()}")
+    settled = settle(config, plan, proposal.strategies, prepared.objective, prepared.num_rows)
+    with run.lock(note=_say):
+        attempt = run.new_attempt()
+        _record(run, attempt, settled, proposal, prepared)
+        command = settled.launcher.command(run.path, worker, plan.topology)
+        outcome = supervise(command, run, attempt)
+        run.add_attempt(attempt, ended=outcome.kind)
+        run.event("ended", attempt=attempt, outcome=outcome.kind)
+    text = explain(outcome, run)
+    print(text, file=sys.stdout if outcome.exit_code == 0 else sys.stderr, flush=True)
+    if outcome.exit_code == 0:
+        print(_next_steps(run), flush=True)
+    return outcome.exit_code
+
+
+def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prepared: Prepared) -> None:
+    """Write what every rank reads, and what a person wants to know later."""
+    from dtrain.config import frozen
+    from dtrain.runs import versions
+
+    frozen.write(run.config, settled)
+    plan = proposal.plan
+    run.update_manifest(
+        name=run.name, strategy=plan.strategy, size=plan.topology.size, steps=settled.train.steps,
+        topology=dataclasses.asdict(plan.topology), device=plan.device, config_digest=frozen.digest(settled),
+        data={"dir": str(prepared.dir), "assets": str(prepared.assets), "digest": prepared.digest,
+              "rows": prepared.num_rows, "eval_rows": prepared.num_eval_rows, "counts": prepared.counts},
+        notes=list(plan.notes), **versions(),
+    )  # fmt: skip
+    run.add_attempt(attempt, size=plan.topology.size)
+    run.event("launched", attempt=attempt, strategy=plan.strategy, size=plan.topology.size)
+
+
+def _refuse_done(run: RunDir) -> None:
+    from dtrain.errors import RunError
+
+    outcome = run.read_outcome()
+    if outcome is not None and outcome.kind == "done":
+        raise RunError(f"run.name={run.name}: this run is done, and a new one would write over it; type another run.name, "
+                       f"or remove {run.path}")  # fmt: skip
+
+
+def _next_steps(run: RunDir) -> str:
+    where = shlex.quote(str(run.path))
+    return "\n".join([
+        f"export     {run.export}",
+        f"curve      {run.path / 'loss.png'}",
+        f"next       dtrain generate {where} --prompt 'def '",
+        f"           dtrain runs show {where}",
+    ])  # fmt: skip
+
+
+def _print_config(overrides: list[str], config_dir: Path | None) -> int:
+    from dtrain.config import frozen
+    from dtrain.config.compose import dump_yaml
+    from dtrain.plan.propose import configure
+
+    config, _ = configure(overrides, config_dir)
+    print(dump_yaml(frozen.to_plain(config)), end="")
+    return 0
+
+
+def _names(combinations: list[list[str]]) -> list[list[str]]:
+    """An override for each run's name, by what differs; none where the user sweeps over run.name."""
+    if any(text.lstrip("+").startswith("run.name=") for text in combinations[0]) and len(
+        {next(t for t in one if t.lstrip("+").startswith("run.name=")) for one in combinations}
+    ) == len(combinations):
+        return [[] for _ in combinations]
+    named = [next((t.split("=", 1)[1] for t in one if t.lstrip("+").startswith("run.name=")), "sweep") for one in combinations]
+    differ = [[text for i, text in enumerate(one) if len({other[i] for other in combinations}) > 1] for one in combinations]
+    safe = ["-".join("".join(c if c.isalnum() or c in "._=+-" else "_" for c in text) for text in one) for one in differ]
+    return [[f"run.name='{name}-{tail}'" if tail else f"run.name='{name}'"] for name, tail in zip(named, safe, strict=True)]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
