@@ -114,7 +114,8 @@ def _params_on_meta() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
         return None if param.is_meta else nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(on_meta)
+    # Typed as giving None, documented as giving the parameter to use instead.
+    handle = nn.modules.module.register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -122,22 +123,24 @@ def _params_on_meta() -> Iterator[None]:
 
 
 def _refuse_converted(model: PreTrainedModel, assets: Path) -> None:
-    """transformers changes the layout of some models while it loads them (fused experts); we read files as they are."""
+    """Raise ModelError for a model whose layout transformers changes while loading: we read files as they are."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
     kinds = (model.config.model_type, type(model).__name__)
     mapping = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
     if any(isinstance(rule, WeightConverter) for rule in mapping):
-        raise ModelError(f"{assets}: model_type {kinds[0]!r} stores its weights in another layout than transformers runs "
-                         f"them in (mixture of experts, as a rule), which is not supported; use a dense model")  # fmt: skip
+        raise ModelError(f"{assets}: model_type {kinds[0]!r} stores its weights in another layout than transformers "
+                         f"runs them in (mixture of experts), which is not supported; use a dense one")  # fmt: skip
 
 
-def _head_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
+def _head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     head = model.get_output_embeddings()
     name = next((key for key, child in model.named_children() if child is head), None)
     if name is None or not isinstance(head, nn.Linear) or model.base_model is model:
-        raise ModelError(f"{type(model).__name__}: not a decoder followed by one linear head, which is what dtrain trains")
+        raise ModelError(
+            f"{type(model).__name__}: not a decoder followed by one linear head, which is what dtrain trains"
+        )
     return name, head
 
 

@@ -77,7 +77,9 @@ def _weights_problem(folder: Path) -> str:
     if index.is_file():
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         absent = sorted(name for name in names if not (folder / name).is_file())
-        return f"{len(absent)} of {len(names)} weight files are missing, {absent[0]} first; fetch them" if absent else ""
+        return (
+            f"{len(absent)} of {len(names)} weight files are missing, {absent[0]} first; fetch them" if absent else ""
+        )
     if (folder / "model.safetensors").is_file():
         return ""
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
@@ -128,12 +130,14 @@ def _from_huggingface(
     try:
         return get(local=False)
     except GatedRepoError as e:
-        raise ModelError(f"{at}: access is gated; accept the licence on its page and log in with `hf auth login`") from e
+        raise ModelError(
+            f"{at}: access is gated; accept the licence on its page and log in with `hf auth login`"
+        ) from e
     except RepositoryNotFoundError as e:
         near = _near(Path(name))
-        raise ModelError(f"{at}: not a folder here{f' (did you mean {near}?)' if near else ''}, and the hub shows no such "
-                         f"repository; check the name, or log in with `hf auth login` if it is private") from e  # fmt: skip
-    except Exception as e:  # noqa: BLE001 - the hub passes on whatever its HTTP library raises
+        raise ModelError(f"{at}: not a folder here{f' (did you mean {near}?)' if near else ''}, and the hub shows no "
+                         f"such repository; check the name, or `hf auth login` if it is private") from e  # fmt: skip
+    except Exception as e:  # the hub passes on whatever its HTTP library raises
         raise ModelError(f"{at}: not a folder here, not complete in the hub's cache ({constants.HF_HUB_CACHE}), and "
                          f"the download failed ({type(e).__name__}); {_elsewhere(name)}") from e  # fmt: skip
 
@@ -155,11 +159,11 @@ def _from_modelscope(name: str, revision: str | None, patterns: list[str], is_co
         cached = get(local=True)
         if is_complete(cached):
             return cached
-    except Exception:  # noqa: BLE001, S110 - nothing cached; its error class is not public
+    except Exception:  # noqa: BLE001 - nothing cached; its error class is not public
         pass
     try:
         return get(local=False)
-    except Exception as e:  # noqa: BLE001 - as above
+    except Exception as e:
         raise ModelError(f"model.path={name!r}: modelscope does not give it ({type(e).__name__}: {e}); check the name, "
                          f"or fetch it on a machine with a network and give its folder") from e  # fmt: skip
 

@@ -79,7 +79,7 @@ def _tokens(path: Path) -> tuple[set[str], list[str]]:
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # noqa: BLE001 - the library raises nothing narrower
+    except Exception as e:  # the library raises nothing narrower
         raise ModelError(f"model.path: {path} cannot be read ({e}); fetch it again") from e
     added = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
     return set(tokenizer.get_vocab(with_added_tokens=True)), added
@@ -92,7 +92,7 @@ def _convert(folder: Path, making: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.save_pretrained(making)
-    except Exception as e:  # noqa: BLE001 - as many kinds as there are tokenizers
+    except Exception as e:  # as many kinds as there are tokenizers
         raise ModelError(f"model.path: the tokenizer in {folder} cannot be read ({type(e).__name__}: {e}); it needs "
                          f"tokenizer.json and tokenizer_config.json") from e  # fmt: skip
     if not (making / "tokenizer.json").is_file():

@@ -107,7 +107,9 @@ def stored_files(folder: Path) -> dict[str, Path]:
         files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         absent = sorted({path.name for path in files.values() if not path.is_file()})
         if absent:
-            raise ModelError(f"{folder}: {index.name} names files that are not there: {_listed(absent)}; fetch them again")
+            raise ModelError(
+                f"{folder}: {index.name} names files that are not there: {_listed(absent)}; fetch them again"
+            )
         return files
     if not single.is_file():
         raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")

@@ -45,7 +45,9 @@ class Tiny(ModelSpec):
             found.append(f"model.hidden={self.hidden} is not divisible by 2*heads = {2 * self.heads}: a head must have "
                          f"an even width; nearest: {_multiple(self.hidden, 2 * self.heads)}")  # fmt: skip
         if self.heads % self.kv_heads:
-            found.append(f"model.heads={self.heads} is not divisible by kv_heads={self.kv_heads}; kv_heads=1 always fits")
+            found.append(
+                f"model.heads={self.heads} is not divisible by kv_heads={self.kv_heads}; kv_heads=1 always fits"
+            )
         if self.vocab < 260:
             found.append(f"model.vocab={self.vocab} is too small: 256 bytes and 4 special tokens need 260")
         return found
@@ -104,7 +106,7 @@ class Tiny(ModelSpec):
         }
 
     def _digest(self, sample: list[str]) -> str:
-        digest = hashlib.sha256(json.dumps([_FORMAT, dataclasses.asdict(self)]).encode())  # type: ignore[call-overload]
+        digest = hashlib.sha256(json.dumps([_FORMAT, dataclasses.asdict(self)]).encode())
         for text in sample:
             data = text.encode()
             digest.update(len(data).to_bytes(8, "little") + data)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 import torch._dynamo  # sets a variable of the environment when first imported: not during a test
 
 from dtrain.models._causal import build_causal
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # as deepspeed does, which transformers imports to save a model
 
 SMALL = {
     "hidden_size": 32,

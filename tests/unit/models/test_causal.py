@@ -125,7 +125,7 @@ def test_parameters_are_fp32_and_on_meta(tmp_path):
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(tmp_path):
     folder = write_config(tmp_path / "m", "falcon_h1", lm_head_multiplier=2.0, mamba_d_ssm=32, mamba_n_heads=4)
-    with pytest.raises(ModelError, match="lm_head_multiplier|not supported"):
+    with pytest.raises(ModelError, match="not supported"):
         build_causal(folder, seed=0, from_scratch=True)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrain.models._head import Head, Logits
+from dtrain.models._head import Head, Logits, chunk_rows
 
 H, V, N = 24, 50, 37
 
@@ -15,7 +15,7 @@ H, V, N = 24, 50, 37
 def _case(*, bias=False, dtype=torch.float32, n=N, logits=None, rows=8):
     torch.manual_seed(0)
     linear = nn.Linear(H, V, bias=bias, dtype=dtype)
-    head = Head(linear, logits or Logits(), chunk_bytes=4 * V * rows)
+    head = Head(linear, logits or Logits(), rows=rows)
     hidden = (3 * torch.randn(n, H)).to(dtype).requires_grad_()
     return linear, head, hidden, torch.randint(0, V, (n,))
 
@@ -110,6 +110,20 @@ def test_one_loss_is_differentiated_once():
     loss.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="twice"):
         loss.backward()
+
+
+def test_rows_of_a_chunk():
+    assert chunk_rows(4096, "cpu") == 4096  # 64 MiB / (4 bytes * 4096)
+    assert chunk_rows(152064, "cpu") == 512  # 110 would fit, and be slow
+    assert chunk_rows(152064, "cuda") == 882  # 512 MiB / (4 bytes * 152064)
+
+
+def test_a_large_weight_gradient_is_summed_by_parts(monkeypatch):
+    monkeypatch.setattr("dtrain.models._head._PRODUCT_BYTES", 2 * H * 7)  # 7 of 50 tokens at a time
+    linear, head, hidden, ids = _case(dtype=torch.bfloat16, n=100)
+    want = _grads(_plain(linear, Logits(), hidden, ids), linear.weight)[0]
+    got = _grads(head(hidden, ids), linear.weight)[0]
+    assert (got - want).norm() < 0.01 * want.norm()
 
 
 class _Largest(TorchDispatchMode):

@@ -94,7 +94,9 @@ def test_another_shape_is_named(tmp_path):
     folder, _ = _saved(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 61}))
-    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight: \[61, 32\] in the model, \[60, 32\] in the files"):
+    with pytest.raises(
+        ModelError, match=r"model\.embed_tokens\.weight: \[61, 32\] in the model, \[60, 32\] in the files"
+    ):
         build_causal(folder, seed=0)
 
 
@@ -143,7 +145,9 @@ def test_fresh_values_follow_the_rules_of_the_model(make):
 
 def test_fresh_values_with_rules_for_a_whole_block(make):
     # GPT-2 divides the init of projections into the residual stream by sqrt(2 * layers) = 2.
-    _, module, _ = make("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=32, num_hidden_layers=2, initializer_range=0.02)
+    _, module, _ = make(
+        "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=32, num_hidden_layers=2, initializer_range=0.02
+    )
     params = dict(module.named_parameters())
     assert params["transformer.h.0.mlp.c_proj.weight"].std().item() == pytest.approx(0.01, rel=0.1)
     assert params["transformer.h.0.mlp.c_fc.weight"].std().item() == pytest.approx(0.02, rel=0.1)
