@@ -61,6 +61,15 @@ def read_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Iterable[tup
     return shapes, tensors()
 
 
+def dtype_of(folder: Path) -> str:
+    """Our name of the precision that an export is in. Raises ExportError."""
+    said = json.loads((folder / "config.json").read_text()).get("dtype")
+    found = [name for name, (dtype, *_) in DTYPES.items() if str(dtype) == f"torch.{said}"]
+    if not found:
+        raise ExportError(f"{folder}/config.json: dtype={said}: none of {', '.join(DTYPES)}; name one with --dtype")
+    return found[0]
+
+
 def _write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]], folder: Path,
                    dtype: str, max_shard_bytes: float, name_of: Callable[[str], str]) -> None:  # fmt: skip
     files = plan_shards(shapes, dtype, max_shard_bytes)

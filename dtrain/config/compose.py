@@ -18,6 +18,9 @@ from dtrain.errors import ConfigError
 
 _KEY = re.compile(r"^(?P<mark>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]+)?(?P<rest>=.*)?$", re.DOTALL)
 
+_EITHER = (("train.steps", "train.epochs"), ("batch.global_batch", "batch.global_tokens"))
+"""Two keys for one number: to type one takes back the other's default."""
+
 
 def conf_dir() -> Path:
     """The configuration that dtrain ships: in the wheel, or beside the package in a checkout."""
@@ -150,6 +153,11 @@ def _prepare(overrides: Sequence[str], groups: dict[str, list[str]]) -> tuple[li
             prepared += [] if unknown else [f"{key}{match['package'] or ''}{rest}"]
         else:
             prepared.append(f"++{key}{rest}")
+    typed = {text.lstrip("+").split("=", 1)[0] for text in prepared}
+    for pair in _EITHER:
+        given = [key for key in pair if key in typed]
+        if len(given) == 1:
+            prepared += [f"++{key}=null" for key in pair if key not in given]
     return prepared, problems
 
 

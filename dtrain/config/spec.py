@@ -54,6 +54,8 @@ class Command:
 
 class AbstractSpec(ABC):
     group: ClassVar[str] = ""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Keys that a user of the library behind would look for here, and the keys of dtrain to use instead."""
 
     def problems(self) -> list[str]:
         """What is wrong with these values taken together, each as `key: value, reason, way out`; none as a rule."""

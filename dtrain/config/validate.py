@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -116,7 +117,7 @@ def _section(path: str, cls: type, entry: object, problems: list[str]) -> Any:
 
 
 def _fields(cls: type) -> list[str]:
-    return list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _problem(path: str, cls: type, error: Any) -> str:
@@ -124,6 +125,9 @@ def _problem(path: str, cls: type, error: Any) -> str:
     where = [str(part) for part in error["loc"]]
     fields = _fields(cls)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        ours = getattr(cls, "elsewhere", {}).get(where[0]) if len(where) == 1 else None
+        if ours:
+            return f"{path}.{where[0]}: dtrain settles this itself; use {ours}"
         hint = nearest(where[-1], fields) if len(where) == 1 else ""
         return f"{path}.{'.'.join(where)}: unknown key{hint or '; there are: ' + ', '.join(fields)}"
     key = where[0] if where else ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,24 +16,22 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 Where = Literal["none", "cpu", "nvme"]
 
-OWNED = {
-    "train_batch_size": "batch.global_batch",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch",
-    "gradient_accumulation_steps": "batch.global_batch and batch.micro_batch; the rest is worked out",
-    "gradient_clipping": "train.grad_clip",
-    "optimizer": "optim=<choice> and its keys",
-    "scheduler": "schedule=<choice> and its keys",
-    "bf16": "train.precision=bf16",
-    "fp16": "train.precision=fp16",
-    "torch_autocast": "train.precision",
-    "zero_optimization": "the keys of strategy= themselves, as in strategy.stage",
-}
-"""DeepSpeed keys that say what dtrain's own say; here for the message only."""
-
-
 @spec
 class ZeRO(StrategySpec):
     """DeepSpeed ZeRO (arXiv 1910.02054). Fields bear DeepSpeed's names, without the prefix `stage3_`."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "train_batch_size": "batch.global_batch",
+        "train_micro_batch_size_per_gpu": "batch.micro_batch",
+        "gradient_accumulation_steps": "batch.global_batch and batch.micro_batch; the rest is worked out",
+        "gradient_clipping": "train.grad_clip",
+        "optimizer": "optim=<choice> and its keys",
+        "scheduler": "schedule=<choice> and its keys",
+        "bf16": "train.precision=bf16",
+        "fp16": "train.precision=fp16",
+        "torch_autocast": "train.precision",
+        "zero_optimization": "the keys of strategy= themselves, as in strategy.stage",
+    }
 
     stage: Literal[1, 2, 3]
     offload_optimizer: Where = "none"

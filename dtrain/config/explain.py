@@ -1,0 +1,141 @@
+"""What each key means: its type, its default, its value and the words that stand under it in the source."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from typing import Any
+
+from dtrain.config.schema import Config
+from dtrain.config.spec import AbstractSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    name: str
+    type: str
+    default: str
+    value: Any
+    doc: str
+
+    def line(self) -> str:
+        return f"{self.name} = {self.value}  ({self.type})"
+
+    def text(self) -> str:
+        """For the screen, a few lines."""
+        about = textwrap.fill(self.doc, 100) if self.doc else "(the name says it)"
+        return f"{self.name}\n  type     {self.type}\n  default  {self.default}\n  value    {self.value}\n\n{about}"
+
+
+def keys(config: Config) -> dict[str, Key]:
+    """Every key that can be set for what is chosen in this configuration."""
+    found: dict[str, Key] = {}
+    docs = _docs(Config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, dict):
+            for name, one in value.items():
+                found |= _keys(f"{field.name}.{name}", one)
+        elif dataclasses.is_dataclass(value):
+            found |= _keys(field.name, value)
+        else:
+            found[field.name] = Key(field.name, _type(Config, field.name), _default(field), value, docs.get(field.name, ""))
+    return found
+
+
+def schema_lines(config: Config) -> list[str]:
+    lines: list[str] = []
+    section = ""
+    for key in keys(config).values():
+        head = key.name.rsplit(".", 1)[0] if "." in key.name else ""
+        if head != section:
+            lines += ["", f"[{head}]" if head else "[top level]"]
+            section = head
+        lines.append(f"  {key.name.rsplit('.', 1)[-1]}: {key.type} = {key.value}" + (f"  # {_first(key.doc)}" if key.doc else ""))
+    return lines[1:]
+
+
+def _keys(path: str, value: Any) -> dict[str, Key]:
+    cls = type(value)
+    docs = _docs(cls)
+    return {
+        f"{path}.{field.name}": Key(f"{path}.{field.name}", _type(cls, field.name), _default(field),
+                                    getattr(value, field.name), docs.get(field.name, ""))
+        for field in dataclasses.fields(value)
+    }  # fmt: skip
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        default = getattr(field.default, "default", field.default)
+        return "none, it must be given" if default is dataclasses.MISSING else str(default)
+    return "none, it must be given"
+
+
+def _type(cls: type, name: str) -> str:
+    """An annotation in words: `int at least 1 or auto`."""
+    for base in cls.__mro__:
+        if name in base.__dict__.get("__annotations__", {}):
+            annotation = base.__dict__["__annotations__"][name]
+            return _words(_evaluate(annotation, base))
+    return "any"
+
+
+def _evaluate(annotation: Any, base: type) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    return typing.get_type_hints(base, include_extras=True).get(_name_of(base, annotation), annotation)
+
+
+def _name_of(base: type, annotation: str) -> str:
+    return next(name for name, one in base.__dict__["__annotations__"].items() if one is annotation)
+
+
+def _words(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        inner, *rest = typing.get_args(annotation)
+        limits = [word for one in rest for word in _limits(one)]
+        return " ".join([_words(inner), *limits])
+    if origin is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if origin in (typing.Union, getattr(__import__("types"), "UnionType", None)):
+        return " | ".join("null" if one is type(None) else _words(one) for one in typing.get_args(annotation))
+    if origin is not None:
+        inner = ", ".join(_words(one) for one in typing.get_args(annotation) if one is not Ellipsis)
+        return f"{origin.__name__} of {inner}"
+    if inspect.isclass(annotation) and issubclass(annotation, AbstractSpec):
+        return f"one of the group {annotation.group}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _limits(field: Any) -> list[str]:
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    return [f"{words[name]} {getattr(one, name)}" for one in getattr(field, "metadata", ())
+            for name in words if getattr(one, name, None) is not None]  # fmt: skip
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """The string that stands under each field, in this class and those it extends."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.startswith(("builtins", "abc")):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for field, after in zip(body, body[1:], strict=False):
+            if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr)
+                    and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)):  # fmt: skip
+                found[field.target.id] = " ".join(after.value.value.split())
+    return found
+
+
+def _first(doc: str) -> str:
+    return re.split(r"(?<=\.)\s", doc)[0]
