@@ -1,4 +1,4 @@
-"""The command line. The only place that prints an error and picks an exit code.
+"""The command line: finds the verb, and turns how it ended into an exit code.
 
 A verb is a module of `dtrain.verbs` with a docstring, of which the first line is its help, `add(parser)`, and
 `run(args) -> int`. It is imported when it is typed.
@@ -20,6 +20,7 @@ from pathlib import Path
 import dtrain
 import dtrain.verbs
 from dtrain.errors import DtrainError, UserError
+from dtrain.verbs._report import report
 
 INTERNAL = ("worker",)
 """Started by launchers, never typed."""
@@ -38,16 +39,18 @@ def run(argv: Sequence[str]) -> int:
     verb = argv[0]
     if verb not in verbs:
         close = get_close_matches(verb, shown, n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ""
-        return _fail(UserError(f"{verb}: no such verb{hint} There are: {', '.join(shown)}"))
+        hint = f"did you mean `{close[0]}`? " if close else ""
+        return report(UserError(f"{verb}: no such verb; {hint}there are: {', '.join(shown)}"))
     module = importlib.import_module(f"dtrain.verbs.{verb}")
     parser = _Parser(prog=f"dtrain {verb}", description=module.__doc__, add_help=verb not in ("launch", "plan"),
                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
     try:
         module.add(parser)
-        return int(module.run(parser.parse_args(argv[1:])))
+        # Overrides and options in any order; argparse can do that only where there are no verbs within the verb.
+        parse = parser.parse_args if parser._subparsers else parser.parse_intermixed_args
+        return int(module.run(parse(argv[1:])))
     except DtrainError as error:
-        return _fail(error)
+        return report(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -60,15 +63,6 @@ def run(argv: Sequence[str]) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
-
-
-def _fail(error: DtrainError) -> int:
-    lines = str(error).splitlines() or [type(error).__name__]
-    if len(lines) > 1:
-        print(f"{len(lines)} problems:", file=sys.stderr)
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    return error.exit_code
 
 
 def _help(verbs: Sequence[str]) -> str:

@@ -7,16 +7,19 @@ says which keys there are. So all problems can be shown at once, in our words.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import ConfigError
 
-_KEY = re.compile(r"^(?P<mark>\+\+|\+|~)?(?P<key>[^=@]+)(?P<package>@[^=]+)?(?P<rest>=.*)?$", re.DOTALL)
+_KEY = re.compile(r"^(?P<mark>\+\+|\+|~)?(?P<key>[^=@\s]{1,200})(?P<package>@[^=]*)?(?P<rest>=.*)?$", re.DOTALL)
+_STRUCTURE = re.compile(r"[\[\]{}()'\"$,\\]")
+"""Characters that mean something in Hydra's grammar; a value without any is a number, a word or plain text."""
 
 _EITHER = (("train.steps", "train.epochs"), ("batch.global_batch", "batch.global_tokens"))
 """Two keys for one number: to type one takes back the other's default."""
@@ -36,11 +39,19 @@ def shared_dir() -> Path:
 
 def choices(extra: Path | None = None) -> dict[str, list[str]]:
     """Every group and its choices, sorted."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {group: set() for group in defaults()}
     for root in [conf_dir(), *([extra] if extra else [])]:
         for path in root.glob("*/*.yaml"):
-            found.setdefault(path.parent.name, set()).add(path.stem)
+            if not path.parent.name.startswith("."):
+                found.setdefault(path.parent.name, set()).add(path.stem)
     return {group: sorted(names) for group, names in sorted(found.items())}
+
+
+@functools.cache
+def defaults() -> Mapping[str, Any]:
+    """The groups that every run has, and what each is when nothing is typed: a choice, a list of them, or None."""
+    entries = load_yaml(conf_dir() / "config.yaml")["defaults"]
+    return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,20 +65,62 @@ class Composed:
 
 
 def group_choice(group: str, choice: str, extra: Path | None = None) -> dict[str, Any]:
-    """One file of a group, by itself."""
-    roots = [root for root in (extra, conf_dir()) if root is not None]
-    path = next(path for root in roots if (path := root / group / f"{choice}.yaml").is_file())
-    data = load_yaml(path)
+    """One choice of a group, with the values of its file. Raises ConfigError."""
+    path = next(path for root in (conf_dir(), extra) if root and (path := root / group / f"{choice}.yaml").is_file())
+    text = path.read_text(encoding="utf-8")
+    if "defaults:" in text or "${" in text:  # it builds on others: only Hydra can say what it comes to
+        data = compose([f"{group}={choice}"], extra).values[group]
+    else:
+        data = load_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a mapping of keys to values")
     return data
 
 
 def compose(overrides: Sequence[str], extra: Path | None = None) -> Composed:
-    """What the files and the overrides come to. Raises ConfigError."""
-    if extra is not None and not extra.is_dir():
-        raise ConfigError(f"--config-dir {extra}: no such folder")
+    """What the files and the overrides come to. Raises ConfigError where nothing can be composed at all."""
+    _check_folder(extra)
     prepared, problems = _prepare(overrides, choices(extra))
+    try:
+        plain, chosen = _compose(prepared, extra)
+    except ConfigError as error:
+        readable = [text for text in prepared if not _unreadable(text)]
+        if readable == prepared:
+            raise ConfigError.of([*problems, str(error)]) from error
+        problems += [f"{text.removeprefix('++')}: {_unreadable(text)}" for text in prepared if text not in readable]
+        try:
+            plain, chosen = _compose(readable, extra)
+        except ConfigError as second:
+            raise ConfigError.of([*problems, str(second)]) from second
+    for group in plain.keys() & chosen.keys() - (defaults().keys() - {"experiment"}):
+        del plain[group]
+        if chosen[group] is None:
+            problems.append(f"{group}: a group, chosen as a whole by {group}=NAME; its keys go where they belong")
+            continue
+        problems.append(f"{group}={chosen[group]}: its file sets keys outside of its own group, so its first line must "
+                        f"be `# @package _global_`")  # fmt: skip
+    return Composed(plain, chosen, problems)
+
+
+def _check_folder(extra: Path | None) -> None:
+    """Raises ConfigError where a folder of the user's has what would be passed over."""
+    if extra is None:
+        return
+    if not extra.is_dir():
+        raise ConfigError(f"--config-dir {extra}: no such folder")
+    problems = [f"{path}: dtrain has a choice of this name, which would be taken; give yours another name"
+                for path in sorted(extra.glob("*/*.yaml"))
+                if (conf_dir() / path.parent.name / path.name).is_file()
+                and not extra.samefile(conf_dir())]  # fmt: skip
+    if (extra / "config.yaml").is_file() and not extra.samefile(conf_dir()):
+        problems.append(f"{extra / 'config.yaml'}: is never read; put these keys into "
+                        f"{extra / 'experiment' / 'NAME.yaml'} and type experiment=NAME")  # fmt: skip
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def _compose(prepared: Sequence[str], extra: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values, and the choice of each group. Raises ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -76,7 +129,7 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Composed:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    searchpath = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
+    searchpath = [f"hydra.searchpath=['file://{extra.resolve()}']"] if extra else []
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             composed = hydra_compose("config", overrides=[*searchpath, *prepared], return_hydra_config=True)
@@ -84,32 +137,49 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Composed:
         OmegaConf.set_struct(composed, False)  # noqa: FBT003
         del composed["hydra"]
         plain = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError.of([*problems, _first_lines(error)]) from error
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(_in_words(error)) from error
     finally:
         GlobalHydra.instance().clear()
     assert isinstance(plain, dict)
-    return Composed({str(key): value for key, value in plain.items()}, chosen, problems)
+    return {str(key): value for key, value in plain.items()}, {str(key): value for key, value in chosen.items()}
 
 
-def sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """The runs of a `-m` sweep: every combination of `key=a,b`, `key=range(...)`, `key=choice(...)`, `key=glob(*)`."""
+def sweep(overrides: Sequence[str], extra: Path | None = None) -> list[list[str]]:
+    """The runs of a `-m` sweep: every combination of `key=a,b`, `key=range(...)`, `key=choice(...)`, `group=glob(*)`.
+
+    What cannot be read is passed on, for `compose` to tell of with the rest.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        axes = []
-        for one in parsed:
-            assert one.input_line is not None
-            if one.is_sweep_override():
-                key = one.get_key_element()
-                axes.append([f"{key}={value}" for value in one.sweep_string_iterator()])
-            else:
-                axes.append([one.input_line])
-    except HydraException as error:
-        raise ConfigError(_first_lines(error)) from error
+    parser, axes = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            one = parser.parse_override(text)
+            axes.append(_values(one, text, extra) if one.is_sweep_override() else [text])
+        except HydraException:
+            axes.append([text])
     return [list(combination) for combination in itertools.product(*axes)]
+
+
+def _values(one: Any, text: str, extra: Path | None) -> list[str]:
+    """An override for each value of a sweep. Raises ConfigError."""
+    from hydra.core.override_parser.types import Glob
+
+    key, value = one.get_key_element(), one.value()
+    if isinstance(value, Glob):
+        names = choices(extra).get(key.lstrip("+"))
+        if names is None:
+            raise ConfigError(f"{text}: glob() is for groups, such as strategy=glob(*); list the values, as in {key}=1,2")
+        found = value.filter(names)
+    elif one.is_discrete_sweep():
+        found = list(one.sweep_string_iterator())
+    else:
+        raise ConfigError(f"{text}: a run is for one value; list them, as in {key}=1,2 or {key}=range(1,4)")
+    if not found:
+        raise ConfigError(f"{text}: this comes to no value at all")
+    return [f"{key}={each}" for each in found]
 
 
 def load_yaml(path: Path) -> Any:
@@ -135,25 +205,30 @@ def nearest(word: str, words: Sequence[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def _prepare(overrides: Sequence[str], groups: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+def _prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
     """Overrides as Hydra wants them: a group without its plus, any other key forced in; and what is wrong."""
     problems: list[str] = []
     prepared: list[str] = []
     for text in overrides:
         match = _KEY.match(text)
         if match is None or (match["rest"] is None and match["mark"] != "~"):
-            problems.append(f"{text}: not an override; write key=value")
+            problems.append(f"{clip(text)}: not an override; write key=value")
             continue
-        mark, key, rest = match["mark"] or "", match["key"], match["rest"] or ""
-        if mark == "~" or key == "hydra" or key.startswith("hydra."):
-            prepared.append(text)
+        mark, key, value = match["mark"] or "", match["key"], (match["rest"] or "")[1:]
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            problems.append(f"{clip(text)}: Hydra composes here and runs nothing, so this would change nothing; the run "
+                            f"folder is run.dir/run.name, your own choices come by --config-dir")  # fmt: skip
+        elif match["package"] is not None:
+            problems.append(f"{clip(text)}: a group has one place; type {key}={value}")
         elif key in groups:
-            unknown = _unknown_choices(key, rest[1:], groups[key])
-            problems += unknown
-            prepared += [] if unknown else [f"{key}{match['package'] or ''}{rest}"]
+            wrong, choice = _choose(key, None if mark == "~" else value, groups[key])
+            problems += wrong
+            prepared += choice
+        elif mark == "~":
+            prepared.append(text)
         else:
-            prepared.append(f"++{key}{rest}")
-    typed = {text.lstrip("+").split("=", 1)[0] for text in prepared}
+            prepared.append(f"++{key}={_quoted(value)}")
+    typed = {key.lstrip("+") for key, _, value in (text.partition("=") for text in prepared) if value != "null"}
     for pair in _EITHER:
         given = [key for key in pair if key in typed]
         if len(given) == 1:
@@ -161,15 +236,72 @@ def _prepare(overrides: Sequence[str], groups: dict[str, list[str]]) -> tuple[li
     return prepared, problems
 
 
-def _unknown_choices(group: str, value: str, names: Sequence[str]) -> list[str]:
-    value = value.strip()
+def _choose(group: str, value: str | None, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is wrong with a choice, or the override that makes it; None is `~group`."""
+    there = f"there are: {', '.join(names) or 'none'}"
+    known = defaults()
+    many, optional = isinstance(known.get(group), list), known.get(group) is None
+    value = "null" if value is None else value.strip()
+    if value == "null":
+        if many:
+            return [], [f"{group}=[]"]
+        return ([], []) if optional else ([f"{group}=null: one must be chosen; {there}"], [])
     if not value:
-        return [f"{group}=: no choice given; there are: {', '.join(names)}"]
+        return [f"{group}=: no choice given; {there}"], []
+    if not many and (value[0] in "[{" or "," in value):
+        return [f"{group}={clip(value)}: takes one choice; for a run of each of several type -m and {group}=a,b"], []
+    if many and "," in value and value[0] != "[":
+        return [f"{group}={clip(value)}: for several at once type {group}=[{value}]; for a run of each, -m"], []
     chosen = [name.strip().strip("'\"") for name in value.strip("[]").split(",") if name.strip()]
-    return [f"{group}={name}: no such choice{nearest(name, names)} (there are: {', '.join(names)})"
-            for name in chosen if name not in names and name != "null"]  # fmt: skip
+    if not many and not (chosen and chosen[0]):
+        return [f"{group}={clip(value)}: no choice given; {there}"], []
+    wrong = [f"{group}={clip(name)}: no such choice{nearest(name, names)} ({there})" for name in chosen if name not in names]
+    if wrong:
+        return wrong, []
+    if many:
+        return [], [f"{group}=[{','.join(dict.fromkeys(chosen))}]"]
+    return [], [f"{'' if group in known else '+'}{group}={chosen[0]}"]
 
 
-def _first_lines(error: Exception) -> str:
+def _quoted(value: str) -> str:
+    """Text that Hydra's grammar has no characters for, such as `/data/Müller`, in quotes; the rest as it is."""
+    if _STRUCTURE.search(value) or not _unreadable(f"key={value}"):
+        return value
+    return f'"{value}"'
+
+
+def _unreadable(text: str) -> str:
+    """Why Hydra's grammar cannot read an override; empty where it can."""
+    if _PLAIN.match(text):
+        return ""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        one = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return "brackets, quotes or other special characters do not match; put text in double quotes, and all of it in " \
+               "single quotes for the shell: 'key=\"any text\"'"
+    if one.is_sweep_override():
+        return "several values; key=[a,b] is a list, and -m makes a run for each"
+    return ""
+
+
+_PLAIN = re.compile(r"^[+~\w.]+=?[A-Za-z0-9_./:+@%=-]*$", re.ASCII)
+"""Overrides that need no grammar to be read."""
+
+
+def clip(text: object, width: int = 100) -> str:
+    """For a message: one line, and not without end."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _in_words(error: Exception) -> str:
+    """What Hydra and OmegaConf say, with the key in front, without their own affairs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__
+    key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
+    said = [line for line in lines if not line.startswith(("full_key:", "object_type", "reference_type", "See https"))]
+    text = " ".join(said[:3]) or type(error).__name__
+    text = re.sub(r'^\w+ raised while resolving interpolation: "?(.*?)"?$', r"\1", text)
+    return clip(f"{key}: {text}" if key and not text.startswith(key) else text, 400)

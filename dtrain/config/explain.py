@@ -92,7 +92,7 @@ def _evaluate(annotation: Any, base: type) -> Any:
 
 
 def _name_of(base: type, annotation: str) -> str:
-    return next(name for name, one in base.__dict__["__annotations__"].items() if one is annotation)
+    return next(str(name) for name, one in base.__dict__["__annotations__"].items() if one is annotation)
 
 
 def _words(annotation: Any) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dtrain.config.compose import clip
 from dtrain.config.spec import (
     DatasetSpec,
     LauncherSpec,
@@ -20,12 +22,13 @@ from dtrain.config.spec import (
     spec,
 )
 
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._=,+@ -]{0,198}[A-Za-z0-9._=,+@-])?")
 Positive = Annotated[int, Field(ge=1)]
 
 
 @spec
 class Run:
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+@ -]{0,199}$")] = "demo"
+    name: str = "demo"
     """Name of the run; its folder is `run.dir/run.name`."""
     dir: str = "runs"
     """Where run folders are; relative to where you type the command. All nodes must see it."""
@@ -33,6 +36,14 @@ class Run:
     """Of fresh weights, sample order and dropout."""
     cache: str | None = None
     """Where prepared data and tokenizers are kept; `run.dir/.cache` when not given."""
+
+    def problems(self) -> list[str]:
+        found = [f"run.{key}: empty; name a folder" for key in ("dir", "cache") if getattr(self, key) == ""]
+        if not _NAME.fullmatch(self.name):
+            found.append(f"run.name={clip(self.name)}: the name of a folder is made of letters, digits and . _ = , + @ - "
+                         f"and spaces, begins with a letter or digit, and has at most 200 characters; run.dir says where "
+                         f"it is")  # fmt: skip
+        return found
 
 
 @spec

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dtrain.trackers.base import AbstractTracker
 
 T = TypeVar("T")
-_CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, hide_input_in_errors=False)
+_CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, allow_inf_nan=False)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -150,6 +150,10 @@ class StrategySpec(AbstractSpec):
     def candidates(self) -> Sequence[str]:
         """Choices of this group to pick the first fitting one from; empty for a choice that stands for itself."""
         return ()
+
+    def misfits(self, topology: Topology, device: Device) -> list[str]:
+        """What is wrong with these values on such ranks, each as `key: value, reason, way out`; none as a rule."""
+        return []
 
     @abstractmethod
     def states(self, need: Need) -> StateBytes:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
+import math
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from dtrain.config.compose import nearest
+from dtrain.config.compose import clip, nearest
 from dtrain.config.schema import Batch, Checkpoint, Config, Eval, Export, Run, Train
 from dtrain.config.spec import GROUPS, AbstractSpec
 from dtrain.errors import ConfigError
@@ -24,7 +27,8 @@ def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = (), found: Seq
     """The configuration of a run, or ConfigError with every problem. `plugins`: packages that `_target_` may name
     besides dtrain; from the command line, never from a file. `found`: problems met before, to be told with the rest."""
     keys = [*GROUPS, *SECTIONS, *_SCALARS]
-    problems = [*found, *(f"{key}: unknown key{nearest(key, keys)}" for key in data if key not in keys)]
+    problems = [*found, *(f"{clip(key)}: unknown key{nearest(key, keys) or '; there are: ' + ', '.join(keys)}"
+                          for key in data if key not in keys)]  # fmt: skip
     values: dict[str, Any] = {}
     for group in GROUPS:
         entry = data.get(group)
@@ -56,38 +60,59 @@ def validate_spec(group: str, entry: Mapping[str, Any], *, plugins: Sequence[str
 def _scalars(data: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     device, memory = data.get("device", "auto"), data.get("device_memory_gb")
     if device not in ("auto", "cpu", "cuda"):
-        problems.append(f"device={device}: not one of auto, cpu, cuda")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or memory <= 0):
-        problems.append(f"device_memory_gb={memory}: not a positive number of GiB")
-    return {"device": device, "device_memory_gb": memory, "plugins": tuple(data.get("plugins") or ())}
+        problems.append(f"device={clip(device)}: not one of auto, cpu, cuda")
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf):
+        problems.append(f"device_memory_gb={clip(memory)}: not a positive number of GiB")
+    return {"device": device, "device_memory_gb": memory, "plugins": packages(data.get("plugins"), problems)}
 
 
-def find_spec(target: object, group: str, plugins: Sequence[str]) -> type[AbstractSpec]:
+def packages(entry: object, problems: list[str]) -> tuple[str, ...]:
+    """The names in `plugins`, as a list or as one."""
+    entry = [entry] if isinstance(entry, str) else entry or []
+    if not isinstance(entry, list | tuple) or not all(isinstance(name, str) and name.isidentifier() for name in entry):
+        problems.append(f"plugins={clip(entry)}: a list of names of packages, as in plugins=[my_package]")
+        return ()
+    return tuple(entry)
+
+
+def find_spec(target: object, group: str, plugins: Sequence[str], path: str = "") -> type[AbstractSpec]:
     """The spec class that `_target_` names, checked to be one of this group. Raises ConfigError."""
-    base = GROUPS[group]
-    if not isinstance(target, str) or "." not in target:
-        raise ConfigError(f"{group}._target_={target}: not the name of a spec, as in dtrain.{group}s.name.Class")
+    base, key = GROUPS[group], f"{path or group}._target_={clip(target)}"
+    if not isinstance(target, str) or "." not in target or not all(part.isidentifier() for part in target.split(".")):
+        raise ConfigError(f"{key}: not the name of a spec, as in my_package.module.Class")
     package = target.split(".", 1)[0]
     allowed = ["dtrain", *plugins]
     if package not in allowed:
-        raise ConfigError(f"{group}._target_={target}: only specs of {', '.join(allowed)} are imported by name; "
-                          f"type plugins=[{package}] on the command line to allow your own package")  # fmt: skip
+        raise ConfigError(f"{key}: only specs of {', '.join(allowed)} are imported by name; if {package} is a package of "
+                          f"your own, type plugins=[{package}] on the command line")  # fmt: skip
     module, name = target.rsplit(".", 1)
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ConfigError(f"{group}._target_={target}: {error}") from error
+    except Exception as error:  # what a plugin's module raises at import is its own affair
+        raise ConfigError(f"{key}: {_why_not_imported(error, package)}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{group}._target_={target}: not a {base.__name__}")
+        raise ConfigError(f"{key}: not a {base.__name__}")
+    if inspect.isabstract(found):
+        raise ConfigError(f"{key}: lacks {', '.join(sorted(found.__abstractmethods__))}")
     return found
+
+
+def _why_not_imported(error: Exception, package: str) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        where = "; install it, or put its folder into PYTHONPATH" if error.name == package else ""
+        return f"{error}{where}"
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__} while it was imported: {clip(error, 300)}{at}"
 
 
 def _spec(group: str, path: str, entry: object, plugins: Sequence[str], problems: list[str]) -> AbstractSpec | None:
     if not isinstance(entry, Mapping):
-        problems.append(f"{path}={entry}: choose one of the group, as in {group}=<choice>; see `dtrain launch --help`")
+        said = path if entry is None else f"{path}={clip(entry)}"
+        problems.append(f"{said}: choose one of the group, as in {group}=<choice>; see `dtrain launch --help`")
         return None
     try:
-        cls = find_spec(entry.get("_target_"), group, plugins)
+        cls = find_spec(entry.get("_target_"), group, plugins, path)
     except ConfigError as error:
         problems.append(str(error))
         return None
@@ -100,58 +125,89 @@ def _trackers(entry: object, plugins: Sequence[str], problems: list[str]) -> dic
     if entry is None:
         return {}
     if not isinstance(entry, Mapping):
-        problems.append(f"tracker={entry}: a list of choices, as in tracker=[console,jsonl]")
+        problems.append(f"tracker={clip(entry)}: a list of choices, as in tracker=[console,jsonl]")
         return {}
     return {str(name): _spec("tracker", f"tracker.{name}", one, plugins, problems) for name, one in entry.items()}
 
 
 def _section(path: str, cls: type, entry: object, problems: list[str]) -> Any:
     if not isinstance(entry, Mapping):
-        problems.append(f"{path}={entry}: a section, not a value; its keys: {', '.join(_fields(cls))}")
+        problems.append(f"{path}={clip(entry)}: a section, not a value; its keys: {', '.join(_fields(cls))}")
         return None
+    values = {str(key): value for key, value in entry.items()}
     try:
-        return cls(**{str(key): value for key, value in entry.items()})
+        made = cls(**values)
     except ValidationError as error:
-        problems += [_problem(path, cls, one) for one in error.errors()]
+        problems += _problems(path, cls, error)
         return None
+    except TypeError as error:  # a key that is no Python name for a field, such as `self`
+        problems.append(f"{path}: {error}")
+        return None
+    flags = [key for key, value in values.items() if isinstance(value, bool) and not isinstance(getattr(made, key), bool)]
+    problems += [f"{path}.{key}={str(values[key]).lower()}: neither true nor false can be set here" for key in flags]
+    return None if flags else made
 
 
 def _fields(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def _problem(path: str, cls: type, error: Any) -> str:
-    """One pydantic error in our words: key, value, reason, way out."""
-    where = [str(part) for part in error["loc"]]
+def _problems(path: str, cls: type, error: ValidationError) -> list[str]:
+    """What pydantic found, in our words: key, value, reason, way out. A line for each key."""
+    found: list[str] = []
+    reasons: dict[str, list[tuple[object, str]]] = {}
     fields = _fields(cls)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        ours = getattr(cls, "elsewhere", {}).get(where[0]) if len(where) == 1 else None
-        if ours:
-            return f"{path}.{where[0]}: dtrain settles this itself; use {ours}"
-        hint = nearest(where[-1], fields) if len(where) == 1 else ""
-        return f"{path}.{'.'.join(where)}: unknown key{hint or '; there are: ' + ', '.join(fields)}"
-    key = where[0] if where else ""
-    value = error.get("input")
-    if error["type"] in ("missing", "missing_keyword_only_argument"):
-        return f"{path}.{key}: not given, and there is no default"
-    reason = _REASONS.get(error["type"], error["msg"])
-    context = error.get("ctx") or {}
-    return f"{path}.{key}={value}: {reason.format(**{k: str(v) for k, v in context.items()}) if '{' in reason else reason}"
+    for one in error.errors():
+        where = [str(part) for part in one["loc"]] or ["?"]
+        if one["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            found.append(f"{path}.{'.'.join(where)}: {_unknown(cls, where, fields)}")
+        elif one["type"] in ("missing", "missing_keyword_only_argument"):
+            found.append(f"{path}.{where[0]}: not given, and there is no default")
+        else:
+            reasons.setdefault(where[0], []).append((one.get("input"), _reason(one)))
+    for key, each in reasons.items():
+        words = list(dict.fromkeys(reason for _, reason in each))
+        found.append(f"{path}.{key}={clip(each[0][0])}: {' and '.join(words)}")
+    return found
+
+
+def _unknown(cls: type, where: Sequence[str], fields: Sequence[str]) -> str:
+    if len(where) > 1:
+        return "unknown key"
+    ours = getattr(cls, "elsewhere", {}).get(where[0])
+    if ours:
+        return f"dtrain settles this itself; use {ours}"
+    return f"unknown key{nearest(where[0], fields) or '; there are: ' + (', '.join(fields) or 'none')}"
+
+
+def _reason(error: Any) -> str:
+    said = _REASONS.get(error["type"])
+    if said is None:
+        return str(error["msg"]).replace("Input should be ", "not ")
+    said = said.format(**{key: str(value) for key, value in (error.get("ctx") or {}).items()})
+    return said.replace("not ", "not one of ", 1) if error["type"] == "literal_error" and " or " in said else said
 
 
 _REASONS = {
     "int_parsing": "not a whole number",
+    "int_parsing_size": "not a whole number of a usual size",
     "int_type": "not a whole number",
     "int_from_float": "not a whole number",
     "float_parsing": "not a number",
     "float_type": "not a number",
+    "finite_number": "not a finite number",
     "bool_parsing": "neither true nor false",
     "bool_type": "neither true nor false",
     "string_type": "not a text",
-    "literal_error": "not one of {expected}",
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be more than {gt}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
+    "list_type": "not a list",
+    "tuple_type": "not a list",
+    "dict_type": "not a mapping of keys to values",
+    "literal_error": "not {expected}",
+    "greater_than_equal": "not at least {ge}",
+    "greater_than": "not more than {gt}",
+    "less_than": "not less than {lt}",
+    "less_than_equal": "not at most {le}",
+    "too_short": "needs at least {min_length}",
+    "too_long": "takes at most {max_length}",
     "string_pattern_mismatch": "has characters that are not allowed; the pattern is {pattern}",
 }

@@ -22,7 +22,7 @@ def local_config(path: str, revision: str | None, *, folders_only: bool = False)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return read_config(folder)
-    if folders_only or not _REPOSITORY.match(path):
+    if folders_only or not is_repository(path):
         return {}
     from huggingface_hub import try_to_load_from_cache
 
@@ -55,8 +55,8 @@ def fetch(path: str, revision: str | None, hub: str, *, weights: bool, code: boo
         if weights and (problem := _weights_problem(folder)):
             raise ModelError(f"model.path={path!r}: {problem}")
         return folder.absolute()
-    if not _REPOSITORY.match(path):
-        raise ModelError(_missing(path, folder))
+    if not is_repository(path):
+        raise ModelError(missing(path))
     patterns = [*_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
     download = _from_modelscope if hub == "modelscope" else _from_huggingface
     found = download(path, revision, patterns, lambda at: _is_complete(at, weights=weights))
@@ -90,8 +90,14 @@ def _weights_problem(folder: Path) -> str:
             "model.from_scratch=true for fresh ones")  # fmt: skip
 
 
-def _missing(path: str, folder: Path) -> str:
-    near = _near(folder)
+def is_repository(path: str) -> bool:
+    """Whether it may be the name of one, rather than a path."""
+    return _REPOSITORY.match(path) is not None
+
+
+def missing(path: str) -> str:
+    """What to say of a folder that is not there."""
+    near = _near(Path(path).expanduser())
     hint = f"did you mean {near}? Otherwise " if near else ""
     return f"model.path={path!r}: no such folder; {hint}give a folder with config.json, or a repository as owner/name"
 

@@ -39,10 +39,12 @@ class HF(ModelSpec):
         return []
 
     def figures(self) -> Figures:
-        from dtrain.models._hub import local_config
+        from dtrain.models._hub import is_repository, local_config, missing
 
         # A folder says itself what it is: a preset may have been pointed at another model.
         config = local_config(self.path, self.revision, folders_only=bool(self.architecture)) or self.architecture
+        if not config and not is_repository(self.path):
+            raise ModelError(missing(self.path))
         if not config:
             raise ModelError(f"model.path={self.path!r}: its config.json is not on this machine, so its size is not "
                              f"known; fetch it with `hf download {self.path} config.json`, or give the keys as "

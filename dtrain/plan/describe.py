@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from dtrain.config.schema import Config
 from dtrain.plan.memory import Memory
 from dtrain.plan.plan import Plan
@@ -11,41 +13,70 @@ _COLUMNS = ("params", "grads", "optim", "gathered", "activations", "loss", "othe
 
 def describe(config: Config, plan: Plan) -> str:
     """Everything that the plan settled, for the screen."""
-    f, t = plan.figures, plan.topology
-    steps = f"{config.train.steps} steps" if config.train.steps else f"{config.train.epochs:g} epochs, in steps once the rows are counted"
+    f, t, need = plan.figures, plan.topology, config.tuning.num_trainable(plan.figures)
+    trained = "all trained" if need == f.num_params else f"{need / 1e6:,.1f} M trained"
+    about = ", counted as a Llama of these sizes" if f.estimate else ""
+    packed = "packed" if config.dataset.packing else "one document each"
+    steps = f"{config.train.steps} steps" if config.train.steps else f"{config.train.epochs:g} epochs, in whole steps once the rows are counted"
     recomputed = ", activations recomputed" if config.train.activation_checkpointing else ""
+    clip = f"gradient norm at most {config.train.grad_clip:g}" if config.train.grad_clip else "gradients not clipped"
+    dtype = plan.precision if config.export.dtype == "auto" else config.export.dtype
+    each = "a device has" if plan.device == "cuda" else "a rank's share is"
+    unit = _Unit.of(plan)
     lines = [
-        f"run        {config.run.name} in {config.run.dir}/{config.run.name}",
-        f"model      {f.num_params / 1e6:,.1f} M parameters, {f.layers} layers of {f.hidden}, vocabulary {f.vocab:,}",
+        f"run        {config.run.name} in {config.run.dir}/{config.run.name}, seed {config.run.seed}",
+        f"model      {f.num_params / 1e6:,.1f} M parameters{about}, {trained}; {f.layers} layers of {f.hidden}, vocabulary {f.vocab:,}",
+        f"data       {_name(config.dataset)}: rows of up to {plan.length:,} tokens, {packed}; objective {_name(config.objective)}",
         f"ranks      {t.size} on {plan.device}: {t.nodes} node{'s' * (t.nodes > 1)} x {t.procs_per_node}",
         f"strategy   {plan.strategy}, {plan.precision}{recomputed}",
-        f"batch      {plan.batch.describe()}; rows of up to {plan.length} tokens",
-        f"length     {steps}; {plan.batch.global_batch * plan.length:,} tokens a step at most",
+        f"batch      {plan.batch.describe()}",
+        f"length     {steps}, each of at most {plan.batch.global_batch * plan.length:,} tokens",
+        f"optimizer  {_name(config.optim)}, rate {config.optim.lr:g}, {_name(config.schedule)} after {config.schedule.warmup_steps} "
+        f"steps of warm-up; {clip}",
+        f"eval       {_eval(config)}",
+        f"at the end export in {dtype}; trackers: {', '.join(config.tracker) or 'none'}",
         "",
-        f"memory of a rank in GiB, by formula, for a micro-batch of {plan.batch.micro_batch} (a device has "
-        f"{plan.capacity_bytes / 2**30:.1f}):",
-        *_table(plan),
+        f"memory of a rank in {unit.name}, by formula, for micro-batches of {plan.batch.micro_batch} "
+        f"({each} {plan.capacity_bytes / unit.bytes:,.1f}):",
+        *_table(plan, unit),
     ]  # fmt: skip
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
 
-def summary(config: Config, plan: Plan, steps: int) -> list[str]:
-    """What runs, in two lines, for the trackers."""
-    f = plan.figures
-    return [
-        f"{f.num_params / 1e6:,.1f} M parameters, {plan.strategy} on {plan.topology.size} {plan.device} ranks, {plan.precision}",
-        f"{plan.batch.describe()}; {steps} steps",
-    ]
+def _name(spec: object) -> str:
+    return type(spec).__name__.lower()
 
 
-def _table(plan: Plan) -> list[str]:
-    width = max(len(name) for name in plan.memory) + 2
-    head = " " * width + "".join(f"{column:>12}" for column in _COLUMNS)
-    lines = [head]
-    for name, memory in plan.memory.items():
+def _eval(config: Config) -> str:
+    if not config.eval.fraction:
+        return "none: eval.fraction=0"
+    when = f"every {config.eval.every_steps} steps and at the end" if config.eval.every_steps else "at the end"
+    most = f", at most {config.eval.max_rows} rows of them" if config.eval.max_rows else ""
+    return f"{when}, on {config.eval.fraction * 100:g} % of the documents, held out{most}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Unit:
+    name: str
+    bytes: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Unit:
+        """What the largest total is at least 1 of."""
+        largest = max(memory.total for memory in plan.memory.values())
+        return cls("GiB", 2**30) if largest >= 2**30 else cls("MiB", 2**20)
+
+
+def _table(plan: Plan, unit: _Unit) -> list[str]:
+    """A line for each strategy; columns in which all have nothing are left out."""
+    rows = {name: _row(memory) for name, memory in plan.memory.items()}
+    shown = [i for i, column in enumerate(_COLUMNS) if column == "total" or any(row[i] for row in rows.values())]
+    width = max(map(len, rows)) + 2
+    lines = [" " * width + "".join(f"{_COLUMNS[i]:>12}" for i in shown)]
+    for name, row in rows.items():
         mark = "*" if name == plan.strategy else " "
-        verdict = "" if memory.total <= plan.capacity_bytes else "  does not fit"
-        lines.append(f"{mark} {name:<{width - 2}}" + "".join(f"{value / 2**30:>12.3f}" for value in _row(memory)) + verdict)
+        verdict = "" if plan.memory[name].total <= plan.capacity_bytes else "  does not fit"
+        lines.append(f"{mark} {name:<{width - 2}}" + "".join(f"{row[i] / unit.bytes:>12.2f}" for i in shown) + verdict)
     return lines
 
 

@@ -59,18 +59,22 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     """
     notes: list[str] = []
     device = settle_device(config, machine)
+    figures = config.model.figures()
+    problems = [*_check_length(config, figures), *_check_precision(config, device), *_check_tokens(config),
+                *config.strategy.misfits(topology, device)]  # fmt: skip
+    if problems:
+        raise PlanError.of(problems)
     precision = _precision(config, device, notes)
     global_batch = _global_batch(config)
-    figures = config.model.figures()
     capacity, known = _capacity(config, device, machine, topology)
     if not known:
         notes.append("no GPU is visible here: planned for one of 80 GiB; set device_memory_gb for another")
-    if config.dataset.max_length > figures.max_positions:
-        raise PlanError(f"dataset.max_length={config.dataset.max_length}: the model was made for "
-                        f"{figures.max_positions} positions; set it to at most that")  # fmt: skip
+    if config.train.steps is not None and config.schedule.warmup_steps >= config.train.steps:
+        notes.append(f"schedule.warmup_steps={config.schedule.warmup_steps}: all {config.train.steps} steps are warm-up")
     need = Need(figures, config.tuning.num_trainable(figures), precision, config.optim.state_bytes, topology)
     room = _Room(config, need, device, capacity, global_batch)
-    concrete = {key: one for key, one in strategies.items() if not one.candidates()}
+    concrete = {key: one for key, one in strategies.items()
+                if not one.candidates() and not one.misfits(topology, device)}  # fmt: skip
     if not config.strategy.candidates():
         concrete[name] = config.strategy
     chosen, micro = _choose(config, name, concrete, room, notes)
@@ -82,7 +86,8 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
 
 
 def num_steps(config: Config, global_batch: int, num_rows: int) -> int:
-    """Optimizer steps of the whole run, once the rows are counted."""
+    """Optimizer steps of the whole run, once the rows are counted: whole steps, so that the last one may go a little
+    into the next epoch."""
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
@@ -131,14 +136,15 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
             notes.append(f"does not fit by the formula: {needed / 2**30:.1f} GiB a rank of {room.capacity / 2**30:.1f}; "
                          f"it may run out of memory")  # fmt: skip
         return name, micro
-    tried = []
+    tried: list[str] = []
     for key in config.strategy.candidates():
         if key not in concrete:
             raise PlanError(f"strategy.order={key}: no such strategy; there are: {', '.join(sorted(concrete))}")
         micro = room.micro_batch(concrete[key])
         if micro is not None:
-            why = "the first that fits" + (f"; {', '.join(tried)} would not" if tried else "")
-            notes.append(f"strategy={name} takes {key}: {why}")
+            before = f"; with a micro-batch of {least} {', '.join(tried)} of {room.capacity / 2**30:.1f}" if tried else ""
+            notes.append(f"strategy={name} takes {key}: the first of {', '.join(config.strategy.candidates())} that fits"
+                         f"{before}")  # fmt: skip
             return key, micro
         tried.append(f"{key} needs {room.memory(concrete[key], least).total / 2**30:.1f} GiB")
     raise PlanError(f"strategy={name}: none fits {room.capacity / 2**30:.1f} GiB a rank with a micro-batch of {least}: "
@@ -146,30 +152,46 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
                     f"dataset.max_length, or name a strategy with offload")  # fmt: skip
 
 
+def _check_length(config: Config, figures: Figures) -> list[str]:
+    if config.dataset.max_length <= figures.max_positions:
+        return []
+    return [f"dataset.max_length={config.dataset.max_length}: the model was made for {figures.max_positions} positions; "
+            f"set it to at most that"]  # fmt: skip
+
+
+def _check_precision(config: Config, device: Device) -> list[str]:
+    if config.train.precision == "fp16" and device != "cuda":
+        return ["train.precision=fp16: loss scaling needs CUDA; use bf16 or fp32 on cpu"]
+    return []
+
+
+def _check_tokens(config: Config) -> list[str]:
+    tokens, length = config.batch.global_tokens, config.dataset.max_length
+    if tokens is None:
+        return []
+    if not config.dataset.packing:
+        return [f"batch.global_tokens={tokens}: only packed rows have a fixed number of tokens; set "
+                f"dataset.packing=true, or batch.global_batch"]  # fmt: skip
+    if tokens % length:
+        near = [n for n in (tokens // length * length, (tokens // length + 1) * length) if n]
+        return [f"batch.global_tokens={tokens}: not a multiple of dataset.max_length={length}; nearest: "
+                f"{' or '.join(map(str, near))}"]  # fmt: skip
+    return []
+
+
 def _precision(config: Config, device: Device, notes: list[str]) -> Literal["fp32", "bf16", "fp16"]:
-    asked = config.train.precision
-    if asked == "auto":
-        settled: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
-        notes.append(f"train.precision=auto takes {settled} on {device}")
-        return settled
-    if asked == "fp16" and device != "cuda":
-        raise PlanError("train.precision=fp16: loss scaling needs CUDA; use bf16 or fp32 on cpu")
-    return asked
+    if config.train.precision != "auto":
+        return config.train.precision
+    settled: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
+    notes.append(f"train.precision=auto takes {settled} on {device}")
+    return settled
 
 
 def _global_batch(config: Config) -> int:
-    tokens, length = config.batch.global_tokens, config.dataset.max_length
-    if tokens is None:
-        assert config.batch.global_batch is not None
-        return config.batch.global_batch
-    if not config.dataset.packing:
-        raise PlanError(f"batch.global_tokens={tokens}: only packed rows have a fixed number of tokens; set "
-                        f"dataset.packing=true, or batch.global_batch")  # fmt: skip
-    if tokens % length:
-        near = [n for n in (tokens // length * length, (tokens // length + 1) * length) if n]
-        raise PlanError(f"batch.global_tokens={tokens}: not a multiple of dataset.max_length={length}; nearest: "
-                        f"{' or '.join(map(str, near))}")  # fmt: skip
-    return tokens // length
+    if config.batch.global_tokens is not None:
+        return config.batch.global_tokens // config.dataset.max_length
+    assert config.batch.global_batch is not None
+    return config.batch.global_batch
 
 
 def _capacity(config: Config, device: Device, machine: Machine, topology: Topology) -> tuple[int, bool]:

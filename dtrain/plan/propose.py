@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from typing import Any
 from dtrain.config.compose import choices, compose, group_choice
 from dtrain.config.schema import Config
 from dtrain.config.spec import StrategySpec
-from dtrain.config.validate import validate, validate_spec
+from dtrain.config.validate import packages, validate, validate_spec
 from dtrain.errors import ConfigError
 from dtrain.plan.machine import look
 from dtrain.plan.plan import Plan, make_plan, settle_device
+from dtrain.runs import scrub
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,8 +31,10 @@ class Proposal:
 def configure(overrides: Sequence[str], config_dir: Path | None) -> tuple[Config, str]:
     """The typed configuration, and the name of the chosen strategy. Raises ConfigError with all problems."""
     composed = compose(overrides, config_dir)
-    plugins = _typed_plugins(composed.values, overrides)
-    return validate(composed.values, plugins=plugins, found=composed.problems), composed.chosen["strategy"]
+    problems = list(composed.problems)
+    plugins = _typed_plugins(composed.values, overrides, problems)
+    problems += _secrets(composed.values)
+    return validate(composed.values, plugins=plugins, found=problems), composed.chosen["strategy"]
 
 
 def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: bool = False) -> Proposal:
@@ -38,23 +43,50 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     Raises ConfigError, PlanError, ModelError.
     """
     config, name = configure(overrides, config_dir)
-    strategies = {}
-    for choice in choices(config_dir)["strategy"]:
-        spec = validate_spec("strategy", group_choice("strategy", choice, config_dir), plugins=config.plugins)
-        assert isinstance(spec, StrategySpec)
-        strategies[choice] = spec
+    strategies, left_out = _strategies(config_dir, config.plugins)
     machine = look()
     if elsewhere and config.device == "cuda" and not machine.gpus:
         machine = dataclasses.replace(machine, gpus=1024)
     topology = config.launcher.topology(settle_device(config, machine), machine)
     plan = make_plan(config, name, topology, machine, strategies)
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *left_out))
     return Proposal(config, plan, strategies, config.plugins)
 
 
-def _typed_plugins(values: Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, ...]:
+def _strategies(config_dir: Path | None, plugins: Sequence[str]) -> tuple[dict[str, StrategySpec], list[str]]:
+    """Every choice of the group with its own values; of those that cannot be read, why."""
+    found, left_out = {}, []
+    for choice in choices(config_dir)["strategy"]:
+        try:
+            spec = validate_spec("strategy", group_choice("strategy", choice, config_dir), plugins=plugins)
+        except ConfigError as error:
+            left_out.append(f"strategy={choice} is left out of the table: {error}")
+            continue
+        assert isinstance(spec, StrategySpec)
+        found[choice] = spec
+    return found, left_out
+
+
+def _typed_plugins(values: Mapping[str, Any], overrides: Sequence[str], problems: list[str]) -> tuple[str, ...]:
     """Packages that `_target_` may name: code that runs is allowed by a person, never by a file."""
-    named = tuple(str(one) for one in values.get("plugins") or ())
+    named = packages(values.get("plugins"), [])  # what is wrong with the value, `validate` says
     if named and not any(text.lstrip("+").startswith("plugins=") for text in overrides):
-        raise ConfigError(f"plugins=[{','.join(named)}]: a file asks for these packages to be imported; type it on the "
-                          f"command line to allow that")  # fmt: skip
+        problems.append(f"plugins=[{','.join(named)}]: a file asks for these packages to be imported; type it on the "
+                        f"command line to allow that")  # fmt: skip
+        return ()
+    problems += [f"plugins=[{name}]: no such package; install it, or put its folder into PYTHONPATH"
+                 for name in named if name not in sys.modules and importlib.util.find_spec(name) is None]  # fmt: skip
     return named
+
+
+def _secrets(values: Mapping[str, Any], path: str = "") -> list[str]:
+    """Values that hold a token or password: all of them are written to the run folder as they are."""
+    found = []
+    for key, value in values.items():
+        where = f"{path}{key}"
+        if isinstance(value, Mapping):
+            found += _secrets(value, f"{where}.")
+        elif isinstance(value, str | list) and scrub(value) != value:
+            found.append(f"{where}: its value holds what looks like a secret, such as one from the environment; every "
+                         f"value is written to the run folder. Leave it in the environment: there it is found")  # fmt: skip
+    return found

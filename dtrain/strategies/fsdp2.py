@@ -9,7 +9,7 @@ from dtrain.plan.memory import Need, StateBytes
 
 if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
-    from dtrain.plan.world import World
+    from dtrain.plan.world import Device, Topology, World
     from dtrain.strategies.base import AbstractStrategy, Optim
 
 
@@ -21,6 +21,13 @@ class FSDP2(StrategySpec):
     """Groups that hold the whole model; ranks shard within a group and average between groups (HSDP). Divides the ranks."""
     reshard_after_forward: bool = True
     """Divide a block again after its forward: less memory, one more gathering."""
+
+    def misfits(self, topology: Topology, device: Device) -> list[str]:
+        size = topology.size
+        if size % self.replicas == 0:
+            return []
+        fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        return [f"strategy.replicas={self.replicas}: does not divide the {size} ranks; these do: {fitting}"]
 
     def states(self, need: Need) -> StateBytes:
         f, trained = need.figures, need.num_trainable

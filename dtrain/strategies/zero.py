@@ -10,7 +10,7 @@ from dtrain.plan.memory import Need, StateBytes
 
 if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
-    from dtrain.plan.world import World
+    from dtrain.plan.world import Device, Topology, World
     from dtrain.strategies.base import AbstractStrategy, Optim
 
 Count = Annotated[int, Field(ge=1)]
@@ -79,6 +79,16 @@ class ZeRO(StrategySpec):
             found.append(f"strategy.{nvme[0]}=nvme: strategy.nvme_path is not given; name a folder on a local disk")
         if self.offload_optimizer == "nvme" and self.stage != 3:
             found.append(f"strategy.offload_optimizer=nvme: only for stage 3, not {self.stage}; use cpu, or strategy=zero3")
+        return found
+
+    def misfits(self, topology: Topology, device: Device) -> list[str]:
+        found = []
+        if topology.size % self.zero_hpz_partition_size:
+            found.append(f"strategy.zero_hpz_partition_size={self.zero_hpz_partition_size}: does not divide the "
+                         f"{topology.size} ranks; as a rule it is the {topology.procs_per_node} of a node")  # fmt: skip
+        if device != "cuda":
+            found += [f"strategy.{key}=true: needs CUDA, and these ranks compute on {device}"
+                      for key in ("zero_quantized_weights", "zero_quantized_gradients") if getattr(self, key)]  # fmt: skip
         return found
 
     def states(self, need: Need) -> StateBytes:

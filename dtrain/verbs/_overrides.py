@@ -12,7 +12,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path, default=None, metavar="DIR",
-                        help="your own groups and choices, searched before ours")  # fmt: skip
+                        help="your own groups and choices, beside ours")  # fmt: skip
 
 
 def help_text(parser: argparse.ArgumentParser, config_dir: Path | None) -> str:

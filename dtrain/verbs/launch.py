@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtrain.errors import ConfigError, DtrainError, RunError, UserError
 from dtrain.verbs import _overrides
 
 if TYPE_CHECKING:
@@ -18,10 +20,14 @@ if TYPE_CHECKING:
     from dtrain.runs import RunDir
 
 
+STOPPED = 75
+LONGEST_NAME = 200
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     _overrides.add(parser)
     parser.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of key=a,b values")
-    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration, and start nothing")
+    parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed configuration, and start nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the command, and start nothing")
     parser.set_defaults(parser=parser)
 
@@ -36,13 +42,32 @@ def run(args: argparse.Namespace) -> int:
         return _print_config(args.overrides, args.config_dir)
     if not args.multirun:
         return _launch(args.overrides, args)
-    codes = []
-    combinations = sweep(args.overrides)
-    names = _names(combinations)
+    return _launch_all(sweep(args.overrides, args.config_dir), args)
+
+
+def _launch_all(combinations: list[list[str]], args: argparse.Namespace) -> int:
+    """A run after the other. Nothing is started unless all can be; one that fails does not keep the others from running.
+
+    The exit code: 75 where a run was stopped, which ends the sweep; else the first that is not 0.
+    """
+    from dtrain.verbs._report import report
+    from dtrain.runs import redact
+
+    names = _names(combinations, args.config_dir)
+    codes: list[int] = []
     for i, (overrides, name) in enumerate(zip(combinations, names, strict=True), 1):
-        print(f"--- run {i} of {len(combinations)}: {' '.join(overrides)}", flush=True)
-        codes.append(_launch([*overrides, *name], args))
-    return max(codes)
+        print(f"--- run {i} of {len(combinations)}: {name}: {' '.join(redact(overrides))}", flush=True)
+        try:
+            codes.append(_launch([*overrides, f"run.name='{name}'"], args))
+        except DtrainError as error:
+            codes.append(report(error))
+        if codes[-1] == STOPPED:
+            break
+    print(f"--- {codes.count(0)} of {len(combinations)} runs done")
+    for name, code in zip(names, codes, strict=False):
+        if code:
+            print(f"    {name}: exit code {code}")
+    return STOPPED if STOPPED in codes else next((code for code in codes if code), 0)
 
 
 def _launch(overrides: list[str], args: argparse.Namespace) -> int:
@@ -107,8 +132,6 @@ def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prep
 
 
 def _refuse_done(run: RunDir) -> None:
-    from dtrain.errors import RunError
-
     outcome = run.read_outcome()
     if outcome is not None and outcome.kind == "done":
         raise RunError(f"run.name={run.name}: this run is done, and a new one would write over it; type another run.name, "
@@ -135,16 +158,27 @@ def _print_config(overrides: list[str], config_dir: Path | None) -> int:
     return 0
 
 
-def _names(combinations: list[list[str]]) -> list[list[str]]:
-    """An override for each run's name, by what differs; none where the user sweeps over run.name."""
-    if any(text.lstrip("+").startswith("run.name=") for text in combinations[0]) and len(
-        {next(t for t in one if t.lstrip("+").startswith("run.name=")) for one in combinations}
-    ) == len(combinations):
-        return [[] for _ in combinations]
-    named = [next((t.split("=", 1)[1] for t in one if t.lstrip("+").startswith("run.name=")), "sweep") for one in combinations]
+def _names(combinations: list[list[str]], config_dir: Path | None) -> list[str]:
+    """A name for each run: the configured one, and what differs. Raises ConfigError with what is wrong in any of them."""
+    from dtrain.plan.propose import propose
+
+    problems: dict[str, None] = {}
+    names = []
+    for overrides in combinations:
+        try:
+            names.append(propose(overrides, config_dir).config.run.name)
+        except UserError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+    if problems:
+        raise ConfigError.of(problems)
+    if len(set(names)) == len(names):
+        return names
     differ = [[text for i, text in enumerate(one) if len({other[i] for other in combinations}) > 1] for one in combinations]
-    safe = ["-".join("".join(c if c.isalnum() or c in "._=+-" else "_" for c in text) for text in one) for one in differ]
-    return [[f"run.name='{name}-{tail}'" if tail else f"run.name='{name}'"] for name, tail in zip(named, safe, strict=True)]
+    tails = [re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(text.lstrip("+~") for text in one)) for one in differ]
+    full = [f"{name}-{tail}" if tail else name for name, tail in zip(names, tails, strict=True)]
+    if len(set(full)) < len(full) or max(map(len, full)) > LONGEST_NAME:
+        return [f"{name[: LONGEST_NAME - 8]}-{i}" for i, name in enumerate(names)]
+    return full
 
 
 def _say(line: str) -> None:
