@@ -109,7 +109,10 @@ class _FSDP2(AbstractStrategy):
             yield Shard(name, tuple(param.shape), start, views, self._replica, self._replicas)
 
     def refresh(self) -> None:
-        """Nothing: compute weights are cast from the masters at every gathering."""
+        # Compute weights are cast from the masters when they are gathered; what a forward left gathered is out of date.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, param in self._named.items():

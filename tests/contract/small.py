@@ -145,22 +145,26 @@ class Trained:
     eval_loss: float
 
 
-def train(folder: Path, typed: list[str]) -> Trained:
-    """What dtrain makes of it; call it on every rank."""
+def make_built(folder: Path, typed: list[str]) -> Any:
+    """dtrain's own engine for what was typed; call it on every rank."""
     from dtrain.comm import TorchComm
     from dtrain.config.compose import compose
     from dtrain.config.validate import validate
     from dtrain.engine.build import build
-    from dtrain.engine.state import Progress
     from dtrain.plan.world import World
 
     config = validate(compose(typed).values)
     world = World.from_env("cpu")
-    comm = TorchComm(world)
     rows = (RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
-    built = build(config, world, comm, assets=folder / "model", rows=rows, pad_id=0)
-    record = Record()
-    built.engine.run([record], Progress())  # type: ignore[list-item]
+    return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0)
+
+
+def train(folder: Path, typed: list[str]) -> Trained:
+    """What dtrain makes of it; call it on every rank."""
+    from dtrain.engine.state import Progress
+
+    built, record = make_built(folder, typed), Record()
+    built.engine.run([record], Progress())
     weights = {name: full.numpy() for name, full in built.strategy.full_state()}
     return Trained([r.loss for r in record.reports], [r.grad_norm for r in record.reports], weights,
                    record.evals[-1].loss)  # fmt: skip

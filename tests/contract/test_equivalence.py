@@ -9,18 +9,11 @@ import pytest
 
 from dtrain.config.compose import choices, compose
 from dtrain.config.validate import validate
-from tests.contract.small import Recipe, Trained, make, overrides, reference, train
+from tests.contract.small import Recipe, Trained, overrides, reference, train
 from tests.processes import run_ranks
 
 STRATEGIES = [name for name in choices()["strategy"]
               if not validate(compose([f"strategy={name}"]).values).strategy.candidates()]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    make(folder)
-    return folder
 
 
 _references: dict[int, tuple] = {}
