@@ -287,13 +287,13 @@ def _unreadable(text: str) -> str:
     return ""
 
 
-_PLAIN = re.compile(r"^[+~\w.]+=?[A-Za-z0-9_./:+@%=-]*$", re.ASCII)
+_PLAIN = re.compile(r"^[+~\w.]+=?[A-Za-z0-9_./:+@%-]*$", re.ASCII)
 """Overrides that need no grammar to be read."""
 
 
 def clip(text: object, width: int = 100) -> str:
-    """For a message: one line, and not without end."""
-    line = " ".join(str(text).split())
+    """For a message: one line of what can be printed, and not without end."""
+    line = "".join(each if each.isprintable() else " " for each in str(text)[: width + 1])
     return line if len(line) <= width else f"{line[: width - 3]}..."
 
 

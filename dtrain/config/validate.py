@@ -20,6 +20,7 @@ from dtrain.errors import ConfigError
 SECTIONS: dict[str, type] = {
     "run": Run, "train": Train, "batch": Batch, "eval": Eval, "checkpoint": Checkpoint, "export": Export,
 }  # fmt: skip
+_LARGEST = 2**63 - 1
 _SCALARS = ("device", "device_memory_gb", "plugins")
 
 
@@ -145,7 +146,9 @@ def _section(path: str, cls: type, entry: object, problems: list[str]) -> Any:
         return None
     flags = [key for key, value in values.items() if isinstance(value, bool) and not isinstance(getattr(made, key), bool)]
     problems += [f"{path}.{key}={str(values[key]).lower()}: neither true nor false can be set here" for key in flags]
-    return None if flags else made
+    huge = [key for key, value in values.items() if isinstance(value, int) and abs(value) > _LARGEST]
+    problems += [f"{path}.{key}={clip(values[key], 40)}: too large; no such number has a use" for key in huge]
+    return None if flags or huge else made
 
 
 def _fields(cls: type) -> list[str]:

@@ -52,20 +52,19 @@ class BatchPlan:
             place += num
 
     def describe(self) -> str:
-        counts = [self.count(rank) for rank in range(self.size)]
         text = f"global {self.global_batch} = "
         if self.size == 1:
             text += f"{self.global_batch} on 1 rank"
         elif self.busy == 1.0:
-            text += f"{counts[0]} x {self.size} ranks"
+            text += f"{self.count(0)} x {self.size} ranks"
         elif self.size <= 8:
-            text += "+".join(map(str, counts)) + f" over {self.size} ranks"
+            text += "+".join(str(self.count(rank)) for rank in range(self.size)) + f" over {self.size} ranks"
         else:
             long = self.global_batch % self.size
-            text += f"{long} ranks x {counts[0]} + {self.size - long} ranks x {counts[-1]}"
+            text += f"{long} ranks x {self.count(0)} + {self.size - long} ranks x {self.count(self.size - 1)}"
         text += f", {self.accumulate} micro-batch{'es' if self.accumulate > 1 else ''} of up to {self.micro_batch}"
         if self.busy < 1.0:
-            low, high = self.global_batch // self.size * self.size, counts[0] * self.size
+            low, high = self.global_batch // self.size * self.size, self.count(0) * self.size
             better = " or ".join(str(n) for n in (low, high) if n > 0)
             text += f", {self.busy:.0%} busy; {better} would be 100 %"
         return text
