@@ -3,7 +3,8 @@
 Internals used, with the version that they were read in (0.19): `_hp_mapping`, `grad_position`,
 `fp32_partitioned_groups_flat`, `fp16_partitioned_groups_flat`, `single_partition_of_fp32_groups`,
 `fp32_groups_flat_partition`, `update_lp_params`, `_unflatten_partitioned_parameters`, `invalidate_secondary_tensor`,
-`persistent_parameters`, `grad_partitions_flat_buffer`, `_lazy_init_hp_params_optimizer_state`, `ops.__compatible_ops__`, `zero.Init._convert_to_zero_parameters`.
+`persistent_parameters`, `grad_partitions_flat_buffer`, `_lazy_init_hp_params_optimizer_state`,
+`_hp_optimizer_states_linked`, `ops.__compatible_ops__`, `zero.Init._convert_to_zero_parameters`.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class _ZeRO(AbstractStrategy):
     def shards(self) -> Iterator[Shard]:
         assert not self._on_nvme, "state on NVMe has no live views"
         if self._spec.stage != 3 and any(self._zero.optimizer.state.values()):
+            # DeepSpeed links the views once, in the middle of its first step, when only the first group has state.
+            self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
         for name, param in self._named.items():
             if param.requires_grad:
