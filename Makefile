@@ -1,0 +1,54 @@
+# Two commands set everything up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
+# Tests start many processes of one thread each.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo install check lint test test-fast gpu-check bench clean
+
+help:            ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed      ## the virtual environment, once
+
+demo: install    ## train a small model under ZeRO-3 on two processes, let it write, export it
+	env -u OMP_NUM_THREADS $(BIN)/python -m dtrain launch +strategy=zero3 launcher.procs=2 run.name=$(RUN)
+	@echo; echo "--- what it writes now:"
+	@$(BIN)/python -m dtrain generate runs/$(RUN) --prompt 'import os' --max-new-tokens 48 --temperature 0.7
+	@echo; echo "--- where things are, and what to type next:"
+	@$(BIN)/python -m dtrain runs show runs/$(RUN)
+	@echo; echo "  $(BIN)/dtrain generate runs/$(RUN) --prompt 'def main('"
+	@echo "  $(BIN)/dtrain launch strategy=fsdp2 run.name=mine dataset=jsonl dataset.path=FILE.jsonl"
+	@echo "  $(BIN)/dtrain plan +strategy=zero3 model=qwen7b device=cuda launcher.procs=8"
+
+lint: install    ## format, lint, types, layers
+	$(BIN)/ruff format --check dtrain tests bench
+	$(BIN)/ruff check dtrain tests bench
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: install    ## every test, multi-rank ones included
+	$(BIN)/python -m pytest
+
+test-fast: install  ## under two minutes: no processes but a few
+	$(BIN)/python -m pytest tests/unit -m 'not slow' -x
+
+check: lint test ## all that a change must pass
+
+gpu-check: install ## every strategy on this machine's GPUs in bf16: tokens/s, MFU, peak memory, losses that agree
+	env -u OMP_NUM_THREADS $(BIN)/python bench/gpu_check.py
+
+bench: install   ## speed against bare loops, and start-up; writes docs/benchmarks.md
+	$(BIN)/python bench/throughput.py
+	$(BIN)/python bench/startup.py
+
+clean:           ## runs and caches of this checkout
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
