@@ -1,0 +1,237 @@
+"""The main job through the real command: from a file of texts to a model that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.command import SMALL, dtrain, rows, workers_of, write_chats, write_texts
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left processes in /proc")]
+
+KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu", "mem_bytes",
+        "epoch", "samples"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a space and a letter beyond ASCII in its name."""
+    path = tmp_path_factory.mktemp("e2e") / "a folder, für alle"
+    path.mkdir()
+    write_texts(path / "texts.jsonl")
+    write_chats(path / "chats.jsonl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def zero3(folder: Path):
+    """What the main job says."""
+    return dtrain(folder, "launch", "+strategy=zero3", "launcher.procs=2", "run.name=main", "dataset.path=texts.jsonl", *SMALL)
+
+
+def test_it_is_done(folder: Path, zero3) -> None:
+    assert zero3.returncode == 0, zero3.stdout + zero3.stderr
+    assert zero3.stderr == ""
+    for line in ("strategy   zero3, fp32", "objective: pretrain", "300 read", "done:"):
+        assert line in zero3.stdout
+    run = folder / "runs" / "main"
+    left = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "manifest.json", "events.jsonl", "outcome.json", "metrics.jsonl", "eval.jsonl", "loss.png",
+            "logs/attempt-0/rank-0.log", "logs/attempt-0/rank-1.log", "logs/attempt-0/launcher.log",
+            "export/config.json", "export/model.safetensors", "export/tokenizer.json"} <= left  # fmt: skip
+    assert not [name for name in left if ".tmp" in name or name.endswith((".pt", ".bin", ".pkl"))]
+    assert json.loads((run / "outcome.json").read_text())["kind"] == "done"
+    assert [event["kind"] for event in rows(run / "events.jsonl")] == ["launched", "training", "ended"]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["strategy"], manifest["size"], manifest["steps"]) == ("zero3", 2, 8)
+    assert workers_of(run) == []
+
+
+def test_the_metrics(folder: Path, zero3) -> None:
+    run = folder / "runs" / "main"
+    metrics, manifest = rows(run / "metrics.jsonl"), json.loads((run / "manifest.json").read_text())
+    assert [list(row) for row in metrics] == [KEYS] * 8
+    assert [row["step"] for row in metrics] == list(range(1, 9))
+    assert [row["samples"] for row in metrics] == list(range(8, 65, 8))
+    assert metrics[-1]["epoch"] == pytest.approx(64 / manifest["data"]["rows"])
+    losses = [row["loss"] for row in metrics]
+    assert losses[-1] < losses[0] - 1
+    assert losses[0] == pytest.approx(np.log(400), abs=0.5)  # a model from nothing is nearly uniform
+    # Warm-up over 2 of 8 steps to 5e-3, then half a cosine over the 6 others, down to a tenth.
+    cosine = [0.1 + 0.9 * (1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
+    assert [row["lr"] for row in metrics] == pytest.approx([2.5e-3, 5e-3, *(5e-3 * factor for factor in cosine)])
+    assert [row["step"] for row in rows(run / "eval.jsonl")] == [4, 8]
+
+
+def test_the_export_is_the_model(folder: Path, zero3, monkeypatch, tmp_path) -> None:
+    """transformers alone, on the held-out documents one by one, has the loss that the run said."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch sets it on import, where nobody has
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dtrain.data.store import RowStore
+
+    run = folder / "runs" / "main"
+    model = AutoModelForCausalLM.from_pretrained(run / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert model.dtype == torch.float32
+    assert tokenizer.decode(tokenizer("Ada sees the sea.").input_ids) == "Ada sees the sea."
+    store = RowStore(Path(json.loads((run / "manifest.json").read_text())["data"]["dir"]) / "eval.arrow")
+    total, num_targets = 0.0, 0
+    for i in range(min(len(store), 64)):
+        row, start = store.row(i), 0
+        for length in row.lengths.tolist():
+            ids = torch.from_numpy(row.tokens[start : start + length].astype(np.int64))
+            start += length
+            with torch.no_grad():
+                logits = model(input_ids=ids[None]).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+            num_targets += len(ids) - 1
+    last = rows(run / "eval.jsonl")[-1]
+    assert num_targets == last["num_targets"]
+    assert total / num_targets == pytest.approx(last["loss"], abs=1e-5)
+
+
+def test_what_comes_after(folder: Path, zero3) -> None:
+    listed = dtrain(folder, "runs", "ls")
+    assert listed.returncode == 0
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:] if line.startswith("main")] == [["main", "done", "8/8"]]
+    shown = dtrain(folder, "runs", "show", "main")
+    assert shown.returncode == 0
+    assert "zero3" in shown.stdout
+    assert "eval loss" in shown.stdout
+    written = dtrain(folder, "generate", "main", "--prompt", "Ada", "--max-new-tokens", "5")
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("Ada")
+    exported = dtrain(folder, "export", "main", "--to", "half", "--dtype", "bf16")
+    assert exported.returncode == 0, exported.stderr
+    import torch
+    from safetensors.torch import load_file
+
+    full, half = (load_file(path / "model.safetensors") for path in (folder / "runs" / "main" / "export", folder / "half"))
+    assert full.keys() == half.keys()
+    assert all(torch.equal(full[name].bfloat16(), half[name]) for name in full)
+    again = dtrain(folder, "export", "main", "--to", "half")
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "is there already" in again.stderr
+
+
+def test_a_run_that_is_done_is_not_written_over(folder: Path, zero3) -> None:
+    before = (folder / "runs" / "main" / "metrics.jsonl").read_bytes()
+    again = dtrain(folder, "launch", "run.name=main", "dataset.path=texts.jsonl", *SMALL)
+    assert again.returncode == 2
+    assert "this run is done" in again.stderr
+    assert (folder / "runs" / "main" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("strategy", "procs"), [("ddp", 1), ("fsdp2", 2)])
+def test_the_same_losses_in_every_form(folder: Path, zero3, strategy: str, procs: int) -> None:
+    name = f"{strategy}-{procs}"
+    done = dtrain(folder, "launch", f"strategy={strategy}", f"launcher.procs={procs}", f"run.name={name}",
+                  "dataset.path=texts.jsonl", "batch.micro_batch=3", *SMALL)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data: reusing" in done.stdout
+    for file in ("metrics.jsonl", "eval.jsonl"):
+        here, there = (rows(folder / "runs" / run / file) for run in (name, "main"))
+        assert [row["loss"] for row in here] == pytest.approx([row["loss"] for row in there], abs=1e-5)
+        assert [row["num_targets"] for row in here] == [row["num_targets"] for row in there]
+
+
+def test_conversations(folder: Path) -> None:
+    done = dtrain(folder, "launch", "strategy=ddp", "launcher.procs=1", "run.name=chats", "dataset.path=chats.jsonl", *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "objective: sft" in done.stdout
+    metrics = rows(folder / "runs" / "chats" / "metrics.jsonl")
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert all(0 < row["num_targets"] < 0.8 * row["tokens"] for row in metrics)  # what the user asks is not learned
+    said = dtrain(folder, "generate", "chats", "--chat", "--prompt", "Who is number 3?", "--max-new-tokens", "4")
+    assert said.returncode == 0, said.stderr
+
+
+PLUGIN = '''
+import os
+from typing import Literal
+from dtrain.config.spec import ObjectiveSpec, spec
+from dtrain.objectives.pretrain import Pretrain
+
+@spec
+class Faulty(ObjectiveSpec):
+    how: Literal["raise", "not_finite"]
+
+    def encode(self, example, tokenizer):
+        return Pretrain().encode(example, tokenizer)
+
+    def build(self):
+        from dtrain.objectives._causal import causal_loss
+        calls = 0
+
+        def objective(module, batch):
+            nonlocal calls
+            calls += 1
+            loss = causal_loss(module, batch)
+            if calls == 2 and os.environ["RANK"] == "1":
+                if self.how == "raise":
+                    raise RuntimeError("a fault of the plugin")
+                loss.total.data.fill_(float("nan"))
+            return loss
+
+        return objective
+'''
+
+
+@pytest.fixture(scope="module")
+def faulty(folder: Path):
+    """Launch with an objective that goes wrong on rank 1 in the second step."""
+    (folder / "dtrain_faulty").mkdir()
+    (folder / "dtrain_faulty" / "__init__.py").write_text(PLUGIN)
+    (folder / "conf" / "objective").mkdir(parents=True)
+    (folder / "conf" / "objective" / "faulty.yaml").write_text("_target_: dtrain_faulty.Faulty\nhow: ???\n")
+
+    def launch(name: str, how: str, *more: str):
+        began = time.monotonic()
+        done = dtrain(folder, "launch", "launcher.procs=2", f"run.name={name}", "--config-dir", "conf", "objective=faulty",
+                      f"objective.how={how}", "dataset.path=texts.jsonl", *SMALL, *more)  # fmt: skip
+        return done, time.monotonic() - began
+
+    return launch
+
+
+def test_a_rank_that_fails(folder: Path, faulty) -> None:
+    done, took_s = faulty("raises", "raise", "plugins=[dtrain_faulty]", "strategy=ddp")
+    run = folder / "runs" / "raises"
+    assert done.returncode == 3
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("rank 1 on ")
+    assert "RuntimeError: a fault of the plugin" in last
+    assert "logs/attempt-0/rank-1.log" in last
+    assert "a fault of the plugin" in (run / "logs" / "attempt-0" / "rank-1.log").read_text()
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["kind"], outcome["exit_code"], outcome["failure"]["rank"]) == ("worker", 3, 1)
+    assert len(rows(run / "metrics.jsonl")) == 1
+    assert not (run / "export").exists()
+    assert workers_of(run) == []
+    assert took_s < 60
+    assert "failed" in dtrain(folder, "runs", "ls").stdout
+
+
+def test_a_loss_that_is_not_finite(folder: Path, faulty) -> None:
+    done, _ = faulty("nonfinite", "not_finite", "plugins=[dtrain_faulty]", "strategy=zero2")
+    run = folder / "runs" / "nonfinite"
+    assert done.returncode == 3
+    assert "NonFiniteError: the loss is not finite; nothing was updated. rank 1: rows [" in done.stderr
+    assert "rank 0: rows" not in done.stderr
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["kind"] == "nonfinite"
+    assert len(rows(run / "metrics.jsonl")) == 1
+    assert workers_of(run) == []
+
+
+def test_a_plugin_that_was_not_typed(folder: Path, faulty) -> None:
+    done, _ = faulty("untyped", "raise")
+    assert done.returncode == 2
+    assert "if dtrain_faulty is a package of your own, type plugins=[dtrain_faulty]" in done.stderr
+    assert not (folder / "runs" / "untyped").exists()
