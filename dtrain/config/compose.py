@@ -137,7 +137,8 @@ def _compose(prepared: Sequence[str], extra: Path | None) -> tuple[dict[str, Any
         OmegaConf.set_struct(composed, False)  # noqa: FBT003
         del composed["hydra"]
         plain = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError,
+            AttributeError) as error:  # fmt: skip
         raise ConfigError(_in_words(error)) from error
     finally:
         GlobalHydra.instance().clear()
@@ -158,7 +159,7 @@ def sweep(overrides: Sequence[str], extra: Path | None = None) -> list[list[str]
         try:
             one = parser.parse_override(text)
             axes.append(_values(one, text, extra) if one.is_sweep_override() else [text])
-        except HydraException:
+        except (HydraException, AttributeError):
             axes.append([text])
     return [list(combination) for combination in itertools.product(*axes)]
 
@@ -279,6 +280,8 @@ def _unreadable(text: str) -> str:
 
     try:
         one = OverridesParser.create().parse_override(text)
+    except AttributeError:  # what its parser does with {} where asserts are off: it moves on within them
+        return "Hydra reads no {...} under python -O; set the keys one by one"
     except HydraException:
         return "brackets, quotes or other special characters do not match; put text in double quotes, and all of it in " \
                "single quotes for the shell: 'key=\"any text\"'"

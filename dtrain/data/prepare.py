@@ -92,9 +92,14 @@ def prepare(
             _build(folder, dataset, objective, TextTokenizer.load(assets), parts, say)
         return read_prepared(final, assets, objective)
     except OSError as error:
-        if error.errno in _FULL or (error.filename and cache in Path(error.filename).parents):
+        if error.errno in _FULL or (error.filename and _along(Path(error.filename), cache)):
             raise DataError(f"run.cache={cache}: {error}; choose a folder with room that can be written") from error
         raise
+
+
+def _along(path: Path, cache: Path) -> bool:
+    """Whether `path` is in the cache, or on the way to it."""
+    return path == cache or cache in path.parents or path in cache.parents
 
 
 def read_prepared(folder: Path, assets: Path, objective: ObjectiveSpec) -> Prepared:

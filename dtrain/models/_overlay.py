@@ -15,6 +15,7 @@ from typing import Any
 
 from dtrain.errors import ModelError
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SPARE = re.compile(r"pad|reserved|unused|control_|extra_id", re.IGNORECASE)
 """Tokens that no text contains, by their names."""
 
@@ -89,6 +90,9 @@ def _convert(folder: Path, making: Path) -> None:
     """Write the files of a fast tokenizer, with the special tokens that its class implies."""
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers would make one up, of no tokens
+        raise ModelError(f"model.path: {folder} has no tokenizer ({', '.join(_VOCABULARIES)}); copy the one that the "
+                         f"model was made with into the folder")  # fmt: skip
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.save_pretrained(making)
