@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+import types
 import typing
 from typing import Any
 
@@ -103,7 +104,7 @@ def _words(annotation: Any) -> str:
         return " ".join([_words(inner), *limits])
     if origin is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
-    if origin in (typing.Union, getattr(__import__("types"), "UnionType", None)):
+    if origin in (typing.Union, types.UnionType):
         return " | ".join("null" if one is type(None) else _words(one) for one in typing.get_args(annotation))
     if origin is not None:
         inner = ", ".join(_words(one) for one in typing.get_args(annotation) if one is not Ellipsis)
