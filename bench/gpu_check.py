@@ -53,7 +53,9 @@ def main() -> int:
                 reference = reference or row["losses"]
                 far = max(abs(a - b) / b for a, b in zip(row["losses"], reference, strict=True))
                 if far > BOUND:
-                    problems.append(f"{label}: losses differ from the first strategy's by {far:.1%}, more than {BOUND:.0%}")
+                    problems.append(
+                        f"{label}: losses differ from the first strategy's by {far:.1%}, more than {BOUND:.0%}"
+                    )
     finally:
         shutil.rmtree(out, ignore_errors=True)
     table = "\n".join([f"### {device}", "", "| run | tokens/s | MFU | peak GiB | first loss | last loss |",

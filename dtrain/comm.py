@@ -1,4 +1,4 @@
-"""The collectives that the engine needs, as an object: with processes (torch) or without (solo)."""
+"""The collectives that the engine needs, as an object."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class AbstractComm(ABC):
     rank: int
     size: int
+    device: torch.device
+    """Where this rank computes."""
 
     @abstractmethod
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -42,42 +44,29 @@ class AbstractComm(ABC):
 
 
 @final
-class SoloComm(AbstractComm):
-    rank, size = 0, 1
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-    def max(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-    def gather(self, value: str) -> list[str]:
-        return [value]
-
-    def barrier(self) -> None: ...
-
-
-@final
 class TorchComm(AbstractComm):
     """Over torch's default process group. Numbers travel on the CPU by gloo, so that they never wait for a GPU."""
 
     def __init__(self, world: World, *, timeout_s: float = 600.0) -> None:
         """Joins the process group, or uses the one there is. Collective."""
         self.rank, self.size = world.rank, world.size
+        cuda = world.device == "cuda"
+        self.device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if world.device == "cuda" else "gloo"
-            device = torch.device("cuda", world.local_rank) if world.device == "cuda" else None
-            if device is not None:
-                torch.cuda.set_device(device)
             dist.init_process_group(
-                backend, rank=world.rank, world_size=world.size, timeout=datetime.timedelta(seconds=timeout_s),
-                device_id=device,
-            )  # fmt: skip
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                rank=world.rank,
+                world_size=world.size,
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=self.device if cuda else None,
+            )
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=op)
-        return tensor.tolist()  # type: ignore[no-any-return]
+        return tensor.tolist()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.SUM)

@@ -55,7 +55,3 @@ class NonFiniteError(DtrainError):
     """A loss or gradient that is not a number, found before the update."""
 
     kind = "nonfinite"
-
-
-class RankFailed(DtrainError):
-    """A rank ended with an error; its log has the whole story."""

@@ -19,7 +19,11 @@ def _no_leaks() -> Iterator[None]:
     before = dict(os.environ)
     yield
     after = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    leaked = {key for key in after.keys() | before.keys() if not key.startswith("PYTEST_") and after.get(key) != before.get(key)}
+    leaked = {
+        key
+        for key in after.keys() | before.keys()
+        if not key.startswith("PYTEST_") and after.get(key) != before.get(key)
+    }
     for key in leaked:
         os.environ.pop(key, None)
         if key in before:

@@ -17,8 +17,16 @@ _KEPT = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 """What an export copies of the model's folder besides weights."""
 
 
-def write_export(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]], to: Path, *,
-                 assets: Path, dtype: str, max_shard_bytes: float, name_of: Callable[[str], str] = str) -> None:  # fmt: skip
+def write_export(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    to: Path,
+    *,
+    assets: Path,
+    dtype: str,
+    max_shard_bytes: float,
+    name_of: Callable[[str], str] = str,
+) -> None:
     """Write `tensors`, which come one at a time in the order of `shapes`, and only then put `to` in place.
 
     Memory is bounded by the largest tensor. An export that is there is replaced.
@@ -28,8 +36,9 @@ def write_export(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[st
     partial.mkdir(parents=True)
     try:
         _copy_assets(assets, partial, dtype)
-        _write_tensors(tensors, {name_of(name): shape for name, shape in shapes.items()}, partial, dtype,
-                       max_shard_bytes, name_of)  # fmt: skip
+        _write_tensors(
+            tensors, {name_of(name): shape for name, shape in shapes.items()}, partial, dtype, max_shard_bytes, name_of
+        )
         old = to.with_name(f".old-{to.name}-{os.getpid()}")
         if to.exists():
             to.rename(old)
@@ -70,12 +79,20 @@ def dtype_of(folder: Path) -> str:
     return found[0]
 
 
-def _write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]], folder: Path,
-                   dtype: str, max_shard_bytes: float, name_of: Callable[[str], str]) -> None:  # fmt: skip
+def _write_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    dtype: str,
+    max_shard_bytes: float,
+    name_of: Callable[[str], str],
+) -> None:
     files = plan_shards(shapes, dtype, max_shard_bytes)
-    titles = ["model.safetensors"] if len(files) == 1 else [
-        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
-    ]  # fmt: skip
+    titles = (
+        ["model.safetensors"]
+        if len(files) == 1
+        else [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    )
     source = iter(tensors)
     for title, names in zip(titles, files, strict=True):
         writer = Writer(folder / title, {name: shapes[name] for name in names}, dtype)
@@ -86,8 +103,10 @@ def _write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[
     assert next(source, None) is None, "more tensors than were announced"
     if len(files) > 1:
         total = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPES[dtype][2]
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {n: title for title, names in zip(titles, files, strict=True) for n in names}}  # fmt: skip
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {n: title for title, names in zip(titles, files, strict=True) for n in names},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 

@@ -57,4 +57,3 @@ class Writer:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-

@@ -41,8 +41,11 @@ class Built:
         """What runs, in words."""
         num = sum(math.prod(shape) for shape in self.shapes.values())
         batch = BatchPlan(self.config.batch.global_batch or 0, int(self.config.batch.micro_batch), self.comm.size)
-        return [f"{num / 1e6:,.1f} M parameters on {self.comm.size} {self.config.device} ranks, "
-                f"{self.config.train.precision}", batch.describe()]  # fmt: skip
+        return [
+            f"{num / 1e6:,.1f} M parameters on {self.comm.size} {self.config.device} ranks, "
+            f"{self.config.train.precision}",
+            batch.describe(),
+        ]
 
     def export(self, to: Path) -> None:
         """Write the full weights with config and tokenizer. Collective: rank 0 writes, one tensor at a time."""
@@ -52,18 +55,25 @@ class Built:
                 pass
             return
         assert self.config.export.dtype != "auto"
-        write_export(tensors, self.shapes, to, assets=self.bundle.assets, dtype=self.config.export.dtype,
-                     max_shard_bytes=self.config.export.max_shard_gb * 1e9, name_of=self.bundle.export_name)  # fmt: skip
+        write_export(
+            tensors,
+            self.shapes,
+            to,
+            assets=self.bundle.assets,
+            dtype=self.config.export.dtype,
+            max_shard_bytes=self.config.export.max_shard_gb * 1e9,
+            name_of=self.bundle.export_name,
+        )
 
 
-def build(config: Config, world: World, comm: AbstractComm, *, assets: Path, rows: tuple[RowStore, RowStore],
-          pad_id: int) -> Built:  # fmt: skip
+def build(
+    config: Config, world: World, comm: AbstractComm, *, assets: Path, rows: tuple[RowStore, RowStore], pad_id: int
+) -> Built:
     """`config` is settled: no `auto` is left in it. Collective."""
     assert config.train.precision != "auto", config.train.precision
     assert config.train.steps is not None
     assert config.batch.global_batch is not None
     assert config.batch.micro_batch != "auto"
-    device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
     torch.manual_seed(config.run.seed)
     bundle = config.tuning.apply(config.model.build(assets, seed=config.run.seed))
     if config.train.activation_checkpointing:
@@ -74,13 +84,18 @@ def build(config: Config, world: World, comm: AbstractComm, *, assets: Path, row
     strategy = config.strategy.build(world, comm, optim)
     strategy.wrap(bundle)
     course = Course(
-        steps=config.train.steps, lr=config.optim.lr, schedule=config.schedule,
-        batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size), seed=config.run.seed,
-        pad_id=pad_id, eval_every=config.eval.every_steps, eval_max_rows=config.eval.max_rows,
+        steps=config.train.steps,
+        lr=config.optim.lr,
+        schedule=config.schedule,
+        batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size),
+        seed=config.run.seed,
+        pad_id=pad_id,
+        eval_every=config.eval.every_steps,
+        eval_max_rows=config.eval.max_rows,
         flops_per_token=config.model.figures().flops_per_token(config.dataset.max_length),
-        peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
-    )  # fmt: skip
-    engine = Engine(course, strategy, config.objective.build(), comm, rows, device)
+        peak_flops=peak_flops(torch.cuda.get_device_name(comm.device)) if comm.device.type == "cuda" else None,
+    )
+    engine = Engine(course, strategy, config.objective.build(), comm, rows)
     return Built(engine, strategy, bundle, config, comm, shapes)
 
 
@@ -93,4 +108,4 @@ def recompute(block: nn.Module) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    block.forward = checkpointed  # type: ignore[method-assign]
+    block.forward = checkpointed

@@ -56,10 +56,9 @@ class Result:
 @final
 class Engine:
     def __init__(self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-                 rows: tuple[RowStore, RowStore], device: torch.device) -> None:  # fmt: skip
+                 rows: tuple[RowStore, RowStore]) -> None:  # fmt: skip
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows
-        self._device = device
 
     def run(self, trackers: Sequence[AbstractTracker], progress: Progress) -> Result:
         """Train to the end, with evals on the way and after the last step. Collective."""
@@ -73,7 +72,7 @@ class Engine:
             batches = loader.window(step)
             data_s = time.perf_counter() - began
             lr = course.lr * course.schedule.factor(step, course.steps)
-            result = train_step(batches, self._strategy, self._objective, self._comm, lr=lr, device=self._device)
+            result = train_step(batches, self._strategy, self._objective, self._comm, lr=lr)
             report = self._report(step, lr, result, began, data_s, loader)
             reports = [*reports[:1], report]
             for tracker in trackers:
@@ -93,7 +92,7 @@ class Engine:
         began = time.perf_counter()
         windows = eval_windows(self._eval_rows, self._course.batch, rank=self._comm.rank, pad_id=self._course.pad_id,
                                max_rows=self._course.eval_max_rows)  # fmt: skip
-        loss, num_targets = evaluate(windows, self._strategy, self._objective, self._comm, device=self._device)
+        loss, num_targets = evaluate(windows, self._strategy, self._objective, self._comm)
         report = EvalReport(step, loss, num_targets, time.perf_counter() - began)
         for tracker in trackers:
             tracker.eval(report)
@@ -103,7 +102,7 @@ class Engine:
                 loader: Loader) -> StepReport:  # fmt: skip
         """Collective: one max."""
         course, size = self._course, self._comm.size
-        mem_bytes, data_s = self._comm.max([_memory(self._device), data_s])
+        mem_bytes, data_s = self._comm.max([_memory(self._comm.device), data_s])
         step_s = time.perf_counter() - began
         tokens_per_s = result.num_tokens / step_s
         mfu = course.flops_per_token * tokens_per_s / (course.peak_flops * size) if course.peak_flops else None

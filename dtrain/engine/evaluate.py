@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from dtrain.strategies.base import AbstractStrategy
 
 
-def evaluate(windows: Iterable[list[Batch]], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-             *, device: torch.device) -> tuple[float, int]:  # fmt: skip
+def evaluate(
+    windows: Iterable[list[Batch]], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm
+) -> tuple[float, int]:
     """Mean loss over all targets of all ranks' rows, and how many there are. Collective.
 
     Every rank runs the same number of forwards: idle ones are in the windows.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=comm.device)
     num_targets = 0
     strategy.module.eval()
     with torch.no_grad():
         for window in windows:
             for batch in window:
-                loss = objective(strategy.module, batch.to(device))
+                loss = objective(strategy.module, batch.to(comm.device))
                 total += loss.total.double()
                 num_targets += loss.num_targets
     strategy.module.train()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from dtrain.errors import ModelError
 
 
-def generate(folder: Path, prompt: str, *, chat: bool, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+def generate(
+    folder: Path, prompt: str, *, chat: bool, max_new_tokens: int, temperature: float, seed: int
+) -> Iterator[str]:
     """The prompt, then what the model makes of it, piece by piece. Raises ModelError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
     from transformers.utils import logging
@@ -26,13 +29,16 @@ def generate(folder: Path, prompt: str, *, chat: bool, max_new_tokens: int, temp
     if chat:
         if not tokenizer.chat_template:
             raise ModelError(f"{folder}: its tokenizer has no chat template; leave --chat out")
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
     else:
         text = prompt
         yield prompt
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     if not ids.shape[1]:
         raise ModelError("--prompt: it has no tokens; give at least one character")
+    model = cast(Any, model)  # its class hides `generate` from type checkers
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     torch.manual_seed(seed)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -36,7 +36,7 @@ class StepResult:
 
 
 def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-               *, lr: float, device: torch.device) -> StepResult:  # fmt: skip
+               *, lr: float) -> StepResult:  # fmt: skip
     """Forward and backward over this rank's micro-batches, then one update. Collective.
 
     Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number.
@@ -46,7 +46,7 @@ def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: 
     losses = []
     for i, batch in enumerate(batches):
         with strategy.micro(sync=i == len(batches) - 1):
-            loss = objective(strategy.module, batch.to(device))
+            loss = objective(strategy.module, batch.to(comm.device))
             # A sum over this rank's targets; the strategy's mean over ranks then is the mean over all targets.
             strategy.backward(loss.total * (comm.size / max(1, num_targets)))
             losses.append(loss.total.detach())

@@ -20,7 +20,8 @@ from dtrain.runs import RunDir, die_with_parent, record_failure, redirect
 
 def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     """Does not return: the process ends here, without the interpreter's teardown, in which torch's process group and
-    its users can wait for each other for ever."""
+    its users can wait for each other for ever.
+    """
     die_with_parent()
     run, attempt = RunDir(run_dir), int(os.environ.get("DTRAIN_ATTEMPT", "0"))
     rank = int(os.environ.get("RANK", "0"))
@@ -88,4 +89,3 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
                                     "eval_loss": result.eval_loss, "steps": result.steps})  # fmt: skip
         run.write_outcome("done", attempt, step=result.steps, message=message)
     comm.barrier()
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,19 +18,12 @@ if TYPE_CHECKING:
     from dtrain.plan.world import World
     from dtrain.strategies.ddp import DDP
 
-_UNSYNCED_BUFFERS = {
-    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    else "broadcast_buffers": False
-}  # fmt: skip
-"""torch 2.13 renamed it. Buffers are the same on all ranks by construction."""
-
 
 @final
 class _DDP(AbstractStrategy):
-    def __init__(self, spec: DDP, world: World, optim: Optim) -> None:
+    def __init__(self, spec: DDP, world: World, device: torch.device, optim: Optim) -> None:
         assert optim.precision == "fp32"
-        self._spec, self._world, self._optim = spec, world, optim
-        self._device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
+        self._spec, self._world, self._device, self._optim = spec, world, device, optim
 
     def wrap(self, bundle: ModelBundle) -> None:
         materialise(bundle.module, self._device, torch.float32)
@@ -42,7 +34,7 @@ class _DDP(AbstractStrategy):
         if self._world.size > 1:
             self.module = nn.parallel.DistributedDataParallel(
                 bundle.module, device_ids=[self._device] if self._device.type == "cuda" else None,
-                bucket_cap_mb=self._spec.bucket_mb, gradient_as_bucket_view=True, **_UNSYNCED_BUFFERS,
+                bucket_cap_mb=self._spec.bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False,
             )  # fmt: skip
 
     def micro(self, *, sync: bool) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.errors import PlanError
 from dtrain.models.base import ModelBundle
-from dtrain.strategies._place import LossScale, clip_factor, fill, materialise, squared_norm
+from dtrain.strategies._place import LossScale, clip_factor, fill, squared_norm
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
 
 if TYPE_CHECKING:
@@ -28,11 +28,10 @@ _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @final
 class _FSDP2(AbstractStrategy):
-    def __init__(self, world: World, optim: Optim, *, replicas: int, reshard: bool) -> None:
+    def __init__(self, world: World, device: torch.device, optim: Optim, *, replicas: int, reshard: bool) -> None:
         if world.size % replicas:
             raise PlanError(f"strategy.replicas={replicas}: does not divide the {world.size} ranks")
-        self._world, self._optim, self._reshard = world, optim, reshard
-        self._device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
+        self._world, self._device, self._optim, self._reshard = world, device, optim, reshard
         shape = (replicas, world.size // replicas)
         mesh = init_device_mesh(world.device, shape, mesh_dim_names=("replicate", "shard"))
         self._mesh = mesh if replicas > 1 else mesh["shard"]

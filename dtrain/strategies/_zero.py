@@ -35,9 +35,8 @@ _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @final
 class _ZeRO(AbstractStrategy):
-    def __init__(self, spec: ZeRO, world: World, optim: Optim) -> None:
-        self._spec, self._world, self._optim = spec, world, optim
-        self._device = torch.device(world.device, world.local_rank if world.device == "cuda" else None)
+    def __init__(self, spec: ZeRO, world: World, device: torch.device, optim: Optim) -> None:
+        self._spec, self._world, self._device, self._optim = spec, world, device, optim
         self._deepspeed = _import_deepspeed(world)
 
     def wrap(self, bundle: ModelBundle) -> None:
@@ -65,9 +64,12 @@ class _ZeRO(AbstractStrategy):
     def _on_nvme(self) -> bool:
         return "nvme" in (self._spec.offload_optimizer, self._spec.offload_param)
 
-    def _partition(self, module: nn.Module, weights: AbstractWeights, config: dict[str, Any], dtype: torch.dtype) -> None:
+    def _partition(
+        self, module: nn.Module, weights: AbstractWeights, config: dict[str, Any], dtype: torch.dtype
+    ) -> None:
         """Make and divide one parameter at a time. Values come later, into the masters; with NVMe, which keeps the
-        masters on disk, at once and in compute precision."""
+        masters on disk, at once and in compute precision.
+        """
         init = self._deepspeed.zero.Init(config_dict_or_path=config)
         names = iter([name for name, _ in module.named_parameters()]) if self._on_nvme else None
 
@@ -181,7 +183,9 @@ class _ZeRO(AbstractStrategy):
             }
         for key in ("offload_optimizer", "offload_param"):
             if (where := getattr(s, key)) != "none":
-                zero[key] = {"device": where, "pin_memory": pin} | ({"nvme_path": s.nvme_path} if where == "nvme" else {})
+                zero[key] = {"device": where, "pin_memory": pin} | (
+                    {"nvme_path": s.nvme_path} if where == "nvme" else {}
+                )
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

@@ -24,7 +24,7 @@ class Optim:
 
     spec: OptimSpec
     precision: Precision
-    """Of forward and backward. Master weights, gradient sums over micro-batches and ranks, and optimizer state are fp32."""
+    """Of forward and backward. Masters, gradient sums over micro-batches and ranks, and optimizer state are fp32."""
     grad_clip: float
     """Largest global gradient norm; 0 is off."""
 
@@ -41,7 +41,7 @@ class Shard:
     views: Mapping[str, torch.Tensor]
     """1-D: `weight`, and each optimizer state by its name once it exists. Filling a view changes the training state."""
     replica: int = 0
-    """Which of the ranks that hold this same range this one is: a save writes one part of `replicas`, a load fills all."""
+    """Which of the `replicas` ranks with this same range this one is: a save writes its part, a load fills all."""
     replicas: int = 1
 
 
@@ -89,4 +89,4 @@ class AbstractStrategy(ABC):
 
     @abstractmethod
     def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, fp32 on the CPU, one at a time, in the module's order. Collective; same on all ranks."""
+        """Every parameter whole, fp32 on the CPU, one at a time, in the module's order; the same on all. Collective."""

@@ -32,9 +32,9 @@ class DDP(StrategySpec):
         if optim.precision == "fp32":
             from dtrain.strategies._ddp import _DDP
 
-            return _DDP(self, world, optim)
+            return _DDP(self, world, comm.device, optim)
         # Low precision with fp32 masters and fp32 reduction: torch's DDP has no such mode, fully_shard with shards of
         # one rank and a replica on each does exactly that.
         from dtrain.strategies._fsdp2 import _FSDP2
 
-        return _FSDP2(world, optim, replicas=world.size, reshard=False)
+        return _FSDP2(world, comm.device, optim, replicas=world.size, reshard=False)

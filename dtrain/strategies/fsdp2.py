@@ -18,7 +18,7 @@ class FSDP2(StrategySpec):
     """torch's `fully_shard`: each block is gathered for its forward and backward and divided again after."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
-    """Groups that hold the whole model; ranks shard within a group and average between groups (HSDP). Divides the ranks."""
+    """Groups that hold the whole model each; ranks shard within a group and average between groups (HSDP)."""
     reshard_after_forward: bool = True
     """Divide a block again after its forward: less memory, one more gathering."""
 
@@ -43,4 +43,4 @@ class FSDP2(StrategySpec):
     def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:
         from dtrain.strategies._fsdp2 import _FSDP2
 
-        return _FSDP2(world, optim, replicas=self.replicas, reshard=self.reshard_after_forward)
+        return _FSDP2(world, comm.device, optim, replicas=self.replicas, reshard=self.reshard_after_forward)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=1)]
 Where = Literal["none", "cpu", "nvme"]
 
+
 @spec
 class ZeRO(StrategySpec):
     """DeepSpeed ZeRO (arXiv 1910.02054). Fields bear DeepSpeed's names, without the prefix `stage3_`."""
@@ -68,7 +69,12 @@ class ZeRO(StrategySpec):
     def problems(self) -> list[str]:
         found = []
         if self.stage != 3:
-            for key in ("offload_param", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
+            for key in (
+                "offload_param",
+                "zero_hpz_partition_size",
+                "zero_quantized_weights",
+                "zero_quantized_gradients",
+            ):
                 value = getattr(self, key)
                 if value not in ("none", 1, False):
                     found.append(f"strategy.{key}={value}: only for stage 3, not {self.stage}; use strategy=zero3")
@@ -78,7 +84,9 @@ class ZeRO(StrategySpec):
         if nvme and not self.nvme_path:
             found.append(f"strategy.{nvme[0]}=nvme: strategy.nvme_path is not given; name a folder on a local disk")
         if self.offload_optimizer == "nvme" and self.stage != 3:
-            found.append(f"strategy.offload_optimizer=nvme: only for stage 3, not {self.stage}; use cpu, or strategy=zero3")
+            found.append(
+                f"strategy.offload_optimizer=nvme: only for stage 3, not {self.stage}; use cpu, or strategy=zero3"
+            )
         return found
 
     def misfits(self, topology: Topology, device: Device) -> list[str]:
@@ -87,8 +95,8 @@ class ZeRO(StrategySpec):
             found.append(f"strategy.zero_hpz_partition_size={self.zero_hpz_partition_size}: does not divide the "
                          f"{topology.size} ranks; as a rule it is the {topology.procs_per_node} of a node")  # fmt: skip
         if device != "cuda":
-            found += [f"strategy.{key}=true: needs CUDA, and these ranks compute on {device}"
-                      for key in ("zero_quantized_weights", "zero_quantized_gradients") if getattr(self, key)]  # fmt: skip
+            quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if getattr(self, key)]
+            found += [f"strategy.{key}=true: needs CUDA, and these ranks compute on {device}" for key in quantized]
         return found
 
     def states(self, need: Need) -> StateBytes:
@@ -117,4 +125,4 @@ class ZeRO(StrategySpec):
     def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:
         from dtrain.strategies._zero import _ZeRO
 
-        return _ZeRO(self, world, optim)
+        return _ZeRO(self, world, comm.device, optim)

@@ -114,8 +114,9 @@ def overrides(folder: Path, recipe: Recipe, *more: str) -> list[str]:
     """The same run for dtrain, as a user would type it."""
     return [
         "model=hf", f"model.path={folder / 'model'}", "dataset=stdlib", f"dataset.max_length={LENGTH}",
-        "objective=pretrain", "schedule=cosine", "schedule.min_factor=0", f"schedule.warmup_steps={recipe.warmup_steps}",
-        f"optim.lr={recipe.lr}", f"optim.weight_decay={recipe.weight_decay}", f"optim.eps={recipe.eps}", f"train.steps={recipe.steps}",
+        "objective=pretrain", "schedule=cosine", "schedule.min_factor=0",
+        f"schedule.warmup_steps={recipe.warmup_steps}", f"train.steps={recipe.steps}",
+        f"optim.lr={recipe.lr}", f"optim.weight_decay={recipe.weight_decay}", f"optim.eps={recipe.eps}",
         f"train.grad_clip={recipe.grad_clip}", f"batch.global_batch={recipe.global_batch}", "batch.micro_batch=2",
         f"run.seed={recipe.seed}", "train.precision=fp32", "device=cpu", "eval.max_rows=null", *more,
     ]  # fmt: skip

@@ -48,7 +48,8 @@ def test_masters_start_as_the_files_say_in_bf16_too(small: Path, strategy: str) 
 def _shards(small: Path, typed: list[str]) -> list[tuple[str, int, int, dict[str, int], int, int]]:
     built = make_built(small, typed)
     built.engine.run([], _progress())
-    return [(s.name, s.start, s.views["weight"].numel(), {k: v.numel() for k, v in s.views.items()}, s.replica, s.replicas)
+    return [(s.name, s.start, s.views["weight"].numel(), {k: v.numel() for k, v in s.views.items()},
+             s.replica, s.replicas)
             for s in built.strategy.shards()]  # fmt: skip
 
 
@@ -129,7 +130,9 @@ class _Poison(torch.autograd.Function):
 @EACH
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_stops_every_rank_before_the_update(small: Path, strategy: str, what: str, precision: str) -> None:
+def test_what_is_not_finite_stops_every_rank_before_the_update(
+    small: Path, strategy: str, what: str, precision: str
+) -> None:
     # Global batch 16 on 2 ranks with micro-batches of 2: four on each, of which rank 1 breaks the third.
     typed = overrides(small, Recipe(16, steps=1), *_options(strategy), f"train.precision={precision}")
     results = run_ranks(_break, small, typed, what, size=2)
@@ -215,4 +218,4 @@ def _eval_loss(built: Any) -> float:
     from dtrain.engine.evaluate import evaluate
 
     windows = eval_windows(built.engine._eval_rows, built.engine._course.batch, rank=built.comm.rank, pad_id=0)
-    return evaluate(windows, built.strategy, built.engine._objective, built.comm, device=torch.device("cpu"))[0]
+    return evaluate(windows, built.strategy, built.engine._objective, built.comm)[0]

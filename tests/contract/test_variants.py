@@ -12,7 +12,11 @@ from tests.contract.test_equivalence import STRATEGIES, _difference
 from tests.processes import run_ranks
 
 # The small model's parameters all lie under ZeRO-3's default threshold and would stay whole on every rank.
-DIVIDED = ("strategy.param_persistence_threshold=0", "strategy.max_reuse_distance=0", "strategy.max_live_parameters=4000")
+DIVIDED = (
+    "strategy.param_persistence_threshold=0",
+    "strategy.max_reuse_distance=0",
+    "strategy.max_live_parameters=4000",
+)
 
 
 def _check(small: Path, recipe: Recipe, typed: list[str], size: int, *, rel: float = 1e-5) -> None:
