@@ -64,6 +64,10 @@ class Figures:
     """All of them; tied ones once."""
     num_block_params: int
     """Of one layer."""
+    norms: int = 2
+    """Of a layer, of the hidden size."""
+    qk_norms: bool = False
+    """Whether queries and keys are normalised."""
     estimate: bool = False
     """Whether the counts are those of a Llama of this size, since the model type is not one that we know."""
 
@@ -95,6 +99,8 @@ class Figures:
             max_positions=max_positions,
             num_params=layers * block + hidden + vocab * hidden * (1 if tied else 2),
             num_block_params=block,
+            norms=family.norms,
+            qk_norms=family.qk_norms,
             estimate=kind not in _FAMILIES,
         )
 

@@ -6,13 +6,18 @@ An estimate to compare strategies by; peaks of allocators and of fused kernels a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from dtrain.plan.figures import Figures
 from dtrain.plan.world import Device, Topology
 
 CUDA_CONTEXT_BYTES = 2**29
-LOSS_CHUNK_BYTES = 64 * 2**20
+LOSS_CHUNK_BYTES: Mapping[Device, int] = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+LOSS_LEAST_ROWS = 512
+"""As the head does it: a test compares."""
+LOGIT_BYTES = 10
+"""Of one logit of a chunk, at the peak: itself, in fp32, and its gradient."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,31 +75,38 @@ class Shape:
 
 
 def estimate(need: Need, states: StateBytes, shape: Shape) -> Memory:
-    tokens = shape.micro_batch * shape.length
     constant = CUDA_CONTEXT_BYTES if shape.device == "cuda" else 0
-    return Memory(states, _activations(need, shape), _loss(need, tokens), constant)
+    return Memory(states, _activations(need, shape), _loss(need, shape), constant)
 
 
 def _activations(need: Need, shape: Shape) -> float:
-    """Tensors that autograd keeps: what transformers' decoder blocks save, counted operation by operation."""
+    """Tensors that autograd keeps: what transformers' decoder blocks save with torch's own attention, counted operation
+    by operation (a test compares with what is saved). Flash attention, which makes no masks, keeps less.
+    """
     f, e = need.figures, need.compute_bytes
     tokens = shape.micro_batch * shape.length
     q, kv = f.heads * f.head_dim, f.kv_heads * f.head_dim
-    # A norm keeps its input and its normalised value in fp32, and its output; there are two.
-    norms = 2 * (8 + e) * f.hidden
-    # Query: projected, two rotary products, rotated, attention output twice, and keys and values repeated per head.
-    attention = e * (8 * q + 4 * kv)
+    # A norm keeps its input in fp32, its normalised value and its output.
+    norm = 4 + 2 * e
+    norms = f.norms * norm * f.hidden + (norm * (q + kv) if f.qk_norms else 0)
+    # Query, keys and values repeated for each head, and the output.
+    attention = e * 4 * q
     # Gate, its activation, up, and their product.
     mlp = e * 4 * f.intermediate
-    block = tokens * (norms + attention + mlp)
-    mask = shape.micro_batch * shape.length**2
+    # Which tokens see each other, as numbers to add to the scores, made in each layer.
+    pairs = shape.micro_batch * shape.length**2
+    block = tokens * (norms + attention + mlp) + e * pairs
+    ends = tokens * norm * f.hidden + pairs
     if shape.activation_checkpointing:
-        return f.layers * tokens * e * f.hidden + block + mask
-    return f.layers * block + mask
+        return f.layers * tokens * e * f.hidden + block + ends
+    return f.layers * block + ends
 
 
-def _loss(need: Need, tokens: int) -> float:
-    """Chunked projection and cross-entropy: two chunks of fp32 logits, the projection's gradient, hidden states."""
-    f = need.figures
-    chunk = min(LOSS_CHUNK_BYTES, tokens * f.vocab * 4)
-    return 2 * chunk + 4 * f.vocab * f.hidden + 2 * tokens * f.hidden * need.compute_bytes
+def _loss(need: Need, shape: Shape) -> float:
+    """Projection and cross-entropy a chunk of rows at a time: a chunk's logits, the gradients of projection and hidden
+    states."""
+    f, e = need.figures, need.compute_bytes
+    tokens = shape.micro_batch * shape.length
+    rows = min(tokens, max(LOSS_LEAST_ROWS, LOSS_CHUNK_BYTES[shape.device] // (4 * f.vocab)))
+    weight_grad = (e if rows == tokens else 4) * f.vocab * f.hidden
+    return LOGIT_BYTES * rows * f.vocab + weight_grad + 2 * tokens * f.hidden * e

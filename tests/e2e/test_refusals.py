@@ -88,8 +88,7 @@ def _model(here: Path, **tokenizer: object) -> Path:
     return folder
 
 
-def test_model_folders_that_lack_something(here: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here))
+def test_model_folders_that_lack_something(here: Path, capsys) -> None:
     small = [one for one in SMALL if not one.startswith("model.")]
     typed = ["launch", *small, "dataset.path=texts.jsonl", "model=hf", "model.path=model"]
     (here / "model").mkdir()
@@ -108,8 +107,7 @@ def test_a_model_that_is_not_there(here: Path, capsys) -> None:
     assert "no such folder; did you mean qwen-small?" in said
 
 
-def test_conversations_and_a_tokenizer_without_a_template(here: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here))
+def test_conversations_and_a_tokenizer_without_a_template(here: Path, capsys) -> None:
     _model(here, eos_token="<eos>", pad_token="a")
     small = [one for one in SMALL if not one.startswith("model.")]
     said = _refused(capsys, "launch", *small, "dataset.path=chats.jsonl", "model=hf", "model.path=model",

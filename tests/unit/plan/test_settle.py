@@ -1,0 +1,113 @@
+"""From a plan to a configuration without `auto`."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtrain.config import frozen
+from dtrain.errors import DataError
+from dtrain.objectives.pretrain import Pretrain
+from dtrain.plan.machine import Machine, peak_flops
+from dtrain.plan.plan import num_steps
+from dtrain.plan.propose import configure, propose
+from dtrain.plan.settle import settle
+from dtrain.plan.world import World
+
+NO_GPU = Machine(cores=4, memory_bytes=32 * 2**30, gpus=0, gpu_name="", gpu_memory_bytes=0)
+EIGHT = Machine(cores=64, memory_bytes=512 * 2**30, gpus=8, gpu_name="NVIDIA H100 80GB HBM3", gpu_memory_bytes=80 * 2**30)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.plan.propose.look", lambda: NO_GPU)
+
+
+@pytest.mark.parametrize(("typed", "rows", "steps"), [
+    ("train.steps=7", 1000, 7),
+    ("train.epochs=1", 160, 10),
+    ("train.epochs=1", 161, 11),  # whole steps: nothing is dropped
+    ("train.epochs=2.5", 64, 10),
+    ("train.epochs=0.01", 16, 1),
+    ("train.epochs=3", 17, 4),  # 51 / 16, not 3 times 2
+])  # fmt: skip
+def test_num_steps(typed: str, rows: int, steps: int) -> None:
+    config, _ = configure([typed], None)
+    assert num_steps(config, 16, rows) == steps
+
+
+def test_nothing_is_left_open() -> None:
+    proposal = propose(["batch.global_tokens=8192", "train.epochs=1"], None)
+    settled = settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 100)
+    assert "auto" not in (settled.device, settled.train.precision, settled.batch.micro_batch, settled.export.dtype)
+    assert (settled.batch.global_batch, settled.batch.global_tokens) == (16, None)
+    assert (settled.train.steps, settled.train.epochs) == (7, None)
+    assert settled.strategy == proposal.strategies[proposal.plan.strategy]
+    assert settled.strategy.candidates() == ()
+    assert frozen.to_plain(settled)["strategy"]["_target_"].endswith("DDP")
+
+
+def test_the_typed_strategy_keeps_its_values() -> None:
+    proposal = propose(["strategy=zero2", "strategy.reduce_bucket_size=1000"], None)
+    assert settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 16).strategy.reduce_bucket_size == 1000
+
+
+def test_too_few_rows() -> None:
+    proposal = propose([], None)
+    settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 16)
+    with pytest.raises(DataError, match=r"batch.global_batch=16: the dataset has only 15 training rows"):
+        settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 15)
+
+
+@pytest.mark.parametrize(("typed", "micro", "accumulate"), [
+    ("batch.global_batch=16 launcher.procs=1", 8, 2),  # on CPU not more than 8 at a time
+    ("batch.global_batch=12 launcher.procs=1", 6, 2),  # two of six rather than one of eight and one of four
+    ("batch.global_batch=3 launcher.procs=8", 1, 1),
+    ("batch.global_batch=16 launcher.procs=1 batch.micro_batch=5", 5, 4),
+    ("batch.global_batch=4 launcher.procs=1 batch.micro_batch=64", 64, 1),
+])  # fmt: skip
+def test_micro_batch(typed: str, micro: int, accumulate: int) -> None:
+    plan = propose(typed.split(), None).plan
+    assert (plan.batch.micro_batch, plan.batch.accumulate) == (micro, accumulate)
+
+
+def test_auto_takes_the_first_that_fits() -> None:
+    def chosen(gib: float, *typed: str) -> str:
+        return propose(["model=qwen7b", "device=cuda", "launcher.procs=8", f"device_memory_gb={gib}", *typed], None,
+                       elsewhere=True).plan.strategy  # fmt: skip
+
+    assert [chosen(gib) for gib in (141, 80, 48, 32)] == ["ddp", "zero1", "zero2", "fsdp2"]
+    assert chosen(141, "strategy.order=[zero3,ddp]") == "zero3"
+
+
+def test_what_does_not_fit_is_told_and_done(monkeypatch) -> None:
+    """Who names a strategy may know better than a formula."""
+    plan = propose(["model=qwen7b", "device=cuda", "strategy=ddp", "launcher.procs=8", "device_memory_gb=24"], None, elsewhere=True).plan
+    assert not plan.fits
+    assert any(note.startswith("does not fit by the formula: ") for note in plan.notes)
+    assert plan.batch.micro_batch == 1
+
+
+def test_where(monkeypatch) -> None:
+    assert (propose([], None).plan.device, propose([], None).plan.precision) == ("cpu", "fp32")
+    monkeypatch.setattr("dtrain.plan.propose.look", lambda: EIGHT)
+    plan = propose([], None).plan
+    assert (plan.device, plan.precision, plan.topology.size, plan.capacity_bytes) == ("cuda", "bf16", 8, 80 * 2**30)
+    assert propose(["device=cpu"], None).plan.device == "cpu"
+
+
+def test_peaks() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA GH200 480GB") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("Some GPU") is None
+
+
+def test_world_from_the_environment() -> None:
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    world = World.from_env("cpu", env)
+    assert (world.rank, world.size, world.local_rank, world.topology.nodes, world.topology.procs_per_node) == (5, 8, 1, 2, 4)
+    assert World.from_env("cpu", {}).size == 1
+    with pytest.raises(Exception, match="RANK set in the environment but not WORLD_SIZE, LOCAL_RANK"):
+        World.from_env("cpu", {"RANK": "0"})
