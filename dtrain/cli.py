@@ -26,7 +26,7 @@ INTERNAL = ("worker",)
 """Started by launchers, never typed."""
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:  # noqa: PLR0911 - one for each way to end
     """Exit code of `dtrain <argv>`: 0 done, 2 the user's input, 3 a rank failed, 75 stopped early on purpose."""
     verbs = [m.name for m in pkgutil.iter_modules(dtrain.verbs.__path__) if not m.name.startswith("_")]
     shown = [verb for verb in verbs if verb not in INTERNAL]

@@ -1,4 +1,4 @@
-"""Text to plain values: what Hydra composes from `conf/`, the user's folder and the command line. Sole importer of Hydra.
+"""Text to plain values: what Hydra composes from `conf/`, the user's folder and what was typed. Sole importer of Hydra.
 
 Both `strategy=zero3` and `+strategy=zero3` choose; every other override may set any key, and the schema, not Hydra,
 says which keys there are. So all problems can be shown at once, in our words.
@@ -172,7 +172,9 @@ def _values(one: Any, text: str, extra: Path | None) -> list[str]:
     if isinstance(value, Glob):
         names = choices(extra).get(key.lstrip("+"))
         if names is None:
-            raise ConfigError(f"{text}: glob() is for groups, such as strategy=glob(*); list the values, as in {key}=1,2")
+            raise ConfigError(
+                f"{text}: glob() is for groups, such as strategy=glob(*); list the values, as in {key}=1,2"
+            )
         found = value.filter(names)
     elif one.is_discrete_sweep():
         found = list(one.sweep_string_iterator())
@@ -189,7 +191,7 @@ def load_yaml(path: Path) -> Any:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both make plain data only; the first is quicker
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
 
@@ -217,7 +219,7 @@ def _prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
             continue
         mark, key, value = match["mark"] or "", match["key"], (match["rest"] or "")[1:]
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-            problems.append(f"{clip(text)}: Hydra composes here and runs nothing, so this would change nothing; the run "
+            problems.append(f"{clip(text)}: Hydra composes here and runs nothing, so this would do nothing; the run "
                             f"folder is run.dir/run.name, your own choices come by --config-dir")  # fmt: skip
         elif match["package"] is not None:
             problems.append(f"{clip(text)}: a group has one place; type {key}={value}")
@@ -237,7 +239,9 @@ def _prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
     return prepared, problems
 
 
-def _choose(group: str, value: str | None, names: Sequence[str]) -> tuple[list[str], list[str]]:
+def _choose(  # noqa: PLR0911 - one for each way to choose wrongly
+    group: str, value: str | None, names: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """What is wrong with a choice, or the override that makes it; None is `~group`."""
     there = f"there are: {', '.join(names) or 'none'}"
     known = defaults()
@@ -256,7 +260,9 @@ def _choose(group: str, value: str | None, names: Sequence[str]) -> tuple[list[s
     chosen = [name.strip().strip("'\"") for name in value.strip("[]").split(",") if name.strip()]
     if not many and not (chosen and chosen[0]):
         return [f"{group}={clip(value)}: no choice given; {there}"], []
-    wrong = [f"{group}={clip(name)}: no such choice{nearest(name, names)} ({there})" for name in chosen if name not in names]
+    wrong = [
+        f"{group}={clip(name)}: no such choice{nearest(name, names)} ({there})" for name in chosen if name not in names
+    ]
     if wrong:
         return wrong, []
     if many:
@@ -283,8 +289,10 @@ def _unreadable(text: str) -> str:
     except AttributeError:  # what its parser does with {} where asserts are off: it moves on within them
         return "Hydra reads no {...} under python -O; set the keys one by one"
     except HydraException:
-        return "brackets, quotes or other special characters do not match; put text in double quotes, and all of it in " \
-               "single quotes for the shell: 'key=\"any text\"'"
+        return (
+            "brackets, quotes or other special characters do not match; put text in double quotes, and all of it in "
+            "single quotes for the shell: 'key=\"any text\"'"
+        )
     if one.is_sweep_override():
         return "several values; key=[a,b] is a list, and -m makes a run for each"
     return ""

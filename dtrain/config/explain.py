@@ -9,6 +9,7 @@ import re
 import textwrap
 import types
 import typing
+from itertools import pairwise
 from typing import Any
 
 from dtrain.config.schema import Config
@@ -44,7 +45,9 @@ def keys(config: Config) -> dict[str, Key]:
         elif dataclasses.is_dataclass(value):
             found |= _keys(field.name, value)
         else:
-            found[field.name] = Key(field.name, _type(Config, field.name), _default(field), value, docs.get(field.name, ""))
+            found[field.name] = Key(
+                field.name, _type(Config, field.name), _default(field), value, docs.get(field.name, "")
+            )
     return found
 
 
@@ -56,7 +59,9 @@ def schema_lines(config: Config) -> list[str]:
         if head != section:
             lines += ["", f"[{head}]" if head else "[top level]"]
             section = head
-        lines.append(f"  {key.name.rsplit('.', 1)[-1]}: {key.type} = {key.value}" + (f"  # {_first(key.doc)}" if key.doc else ""))
+        lines.append(
+            f"  {key.name.rsplit('.', 1)[-1]}: {key.type} = {key.value}" + (f"  # {_first(key.doc)}" if key.doc else "")
+        )
     return lines[1:]
 
 
@@ -80,8 +85,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _type(cls: type, name: str) -> str:
     """An annotation in words: `int at least 1 or auto`."""
     for base in cls.__mro__:
-        if name in base.__dict__.get("__annotations__", {}):
-            annotation = base.__dict__["__annotations__"][name]
+        if name in inspect.get_annotations(base):
+            annotation = inspect.get_annotations(base)[name]
             return _words(_evaluate(annotation, base))
     return "any"
 
@@ -93,7 +98,7 @@ def _evaluate(annotation: Any, base: type) -> Any:
 
 
 def _name_of(base: type, annotation: str) -> str:
-    return next(str(name) for name, one in base.__dict__["__annotations__"].items() if one is annotation)
+    return next(str(name) for name, one in inspect.get_annotations(base).items() if one is annotation)
 
 
 def _words(annotation: Any) -> str:
@@ -131,7 +136,7 @@ def _docs(cls: type) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for field, after in zip(body, body[1:], strict=False):
+        for field, after in pairwise(body):
             if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr)
                     and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)):  # fmt: skip
                 found[field.target.id] = " ".join(after.value.value.split())

@@ -27,7 +27,9 @@ def digest(config: Config) -> str:
 
 
 def write(path: Path, config: Config) -> None:
-    path.write_text("# Settled by dtrain; every rank reads this file.\n" + dump_yaml(to_plain(config)), encoding="utf-8")
+    path.write_text(
+        "# Settled by dtrain; every rank reads this file.\n" + dump_yaml(to_plain(config)), encoding="utf-8"
+    )
 
 
 def read(path: Path, *, plugins: Sequence[str]) -> Config:

@@ -40,9 +40,9 @@ class Run:
     def problems(self) -> list[str]:
         found = [f"run.{key}: empty; name a folder" for key in ("dir", "cache") if getattr(self, key) == ""]
         if not _NAME.fullmatch(self.name):
-            found.append(f"run.name={clip(self.name)}: the name of a folder is made of letters, digits and . _ = , + @ - "
-                         f"and spaces, begins with a letter or digit, and has at most 200 characters; run.dir says where "
-                         f"it is")  # fmt: skip
+            found.append(f"run.name={clip(self.name)}: the name of a folder is made of letters, digits and . _ = , + @ "
+                         f"- and spaces, begins with a letter or digit, and has at most 200 characters; run.dir says "
+                         f"where it is")  # fmt: skip
         return found
 
 
@@ -104,8 +104,8 @@ class Checkpoint:
 
     def problems(self) -> list[str]:
         if self.every_steps:
-            return [f"checkpoint.every_steps={self.every_steps}: this version writes no resumable checkpoints yet, only "
-                    f"the final export; set it to 0"]  # fmt: skip
+            return [f"checkpoint.every_steps={self.every_steps}: this version writes no resumable checkpoints yet, "
+                    f"only the final export; set it to 0"]  # fmt: skip
         return []
 
 
@@ -142,4 +142,3 @@ class Config:
     """Memory of one device in GiB, to plan for a machine that is not this one; found out when not given."""
     plugins: tuple[str, ...] = ()
     """Your own packages that `_target_` may name; only what is typed on the command line counts."""
-

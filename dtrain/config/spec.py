@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from dtrain.models.base import ModelBundle
     from dtrain.objectives.base import Loss
     from dtrain.plan.figures import Figures
-    from dtrain.plan.memory import Need, StateBytes
     from dtrain.plan.machine import Machine
+    from dtrain.plan.memory import Need, StateBytes
     from dtrain.plan.world import Device, Topology, World
     from dtrain.strategies.base import AbstractStrategy, Optim
     from dtrain.trackers.base import AbstractTracker
@@ -52,7 +52,7 @@ class Command:
     """What is added to the environment of the parent."""
 
 
-class AbstractSpec(ABC):
+class AbstractSpec(ABC):  # noqa: B024 - what is abstract differs by group
     group: ClassVar[str] = ""
     elsewhere: ClassVar[Mapping[str, str]] = {}
     """Keys that a user of the library behind would look for here, and the keys of dtrain to use instead."""
@@ -193,4 +193,3 @@ GROUPS: dict[str, type[AbstractSpec]] = {
                 TrackerSpec)
 }  # fmt: skip
 """Every group that a YAML with `_target_` may stand in, and what its specs must be."""
-

@@ -26,7 +26,8 @@ _SCALARS = ("device", "device_memory_gb", "plugins")
 
 def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = (), found: Sequence[str] = ()) -> Config:
     """The configuration of a run, or ConfigError with every problem. `plugins`: packages that `_target_` may name
-    besides dtrain; from the command line, never from a file. `found`: problems met before, to be told with the rest."""
+    besides dtrain; from the command line, never from a file. `found`: problems met before, to be told with the rest.
+    """
     keys = [*GROUPS, *SECTIONS, *_SCALARS]
     problems = [*found, *(f"{clip(key)}: unknown key{nearest(key, keys) or '; there are: ' + ', '.join(keys)}"
                           for key in data if key not in keys)]  # fmt: skip
@@ -62,7 +63,9 @@ def _scalars(data: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     device, memory = data.get("device", "auto"), data.get("device_memory_gb")
     if device not in ("auto", "cpu", "cuda"):
         problems.append(f"device={clip(device)}: not one of auto, cpu, cuda")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf):
+    if memory is not None and (
+        isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf
+    ):
         problems.append(f"device_memory_gb={clip(memory)}: not a positive number of GiB")
     return {"device": device, "device_memory_gb": memory, "plugins": packages(data.get("plugins"), problems)}
 
@@ -84,8 +87,8 @@ def find_spec(target: object, group: str, plugins: Sequence[str], path: str = ""
     package = target.split(".", 1)[0]
     allowed = ["dtrain", *plugins]
     if package not in allowed:
-        raise ConfigError(f"{key}: only specs of {', '.join(allowed)} are imported by name; if {package} is a package of "
-                          f"your own, type plugins=[{package}] on the command line")  # fmt: skip
+        raise ConfigError(f"{key}: only specs of {', '.join(allowed)} are imported by name; if {package} is a package "
+                          f"of your own, type plugins=[{package}] on the command line")  # fmt: skip
     module, name = target.rsplit(".", 1)
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -144,7 +147,9 @@ def _section(path: str, cls: type, entry: object, problems: list[str]) -> Any:
     except TypeError as error:  # a key that is no Python name for a field, such as `self`
         problems.append(f"{path}: {error}")
         return None
-    flags = [key for key, value in values.items() if isinstance(value, bool) and not isinstance(getattr(made, key), bool)]
+    flags = [
+        key for key, value in values.items() if isinstance(value, bool) and not isinstance(getattr(made, key), bool)
+    ]
     problems += [f"{path}.{key}={str(values[key]).lower()}: neither true nor false can be set here" for key in flags]
     huge = [key for key, value in values.items() if isinstance(value, int) and abs(value) > _LARGEST]
     problems += [f"{path}.{key}={clip(values[key], 40)}: too large; no such number has a use" for key in huge]

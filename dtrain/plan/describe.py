@@ -13,34 +13,45 @@ _COLUMNS = ("params", "grads", "optim", "gathered", "activations", "loss", "othe
 
 def describe(config: Config, plan: Plan) -> str:
     """Everything that the plan settled, for the screen."""
-    f, t, need = plan.figures, plan.topology, config.tuning.num_trainable(plan.figures)
-    trained = "all trained" if need == f.num_params else f"{need / 1e6:,.1f} M trained"
-    about = ", counted as a Llama of these sizes" if f.estimate else ""
-    packed = "packed" if config.dataset.packing else "one document each"
-    steps = f"{config.train.steps} steps" if config.train.steps else f"{config.train.epochs:g} epochs, in whole steps once the rows are counted"
-    recomputed = ", activations recomputed" if config.train.activation_checkpointing else ""
-    clip = f"gradient norm at most {config.train.grad_clip:g}" if config.train.grad_clip else "gradients not clipped"
-    dtype = plan.precision if config.export.dtype == "auto" else config.export.dtype
-    each = "a device has" if plan.device == "cuda" else "a rank's share is"
     unit = _Unit.of(plan)
+    each = "a device has" if plan.device == "cuda" else "a rank's share is"
     lines = [
-        f"run        {config.run.name} in {config.run.dir}/{config.run.name}, seed {config.run.seed}",
-        f"model      {f.num_params / 1e6:,.1f} M parameters{about}, {trained}; {f.layers} layers of {f.hidden}, vocabulary {f.vocab:,}",
-        f"data       {_name(config.dataset)}: rows of up to {plan.length:,} tokens, {packed}; objective {_name(config.objective)}",
-        f"ranks      {t.size} on {plan.device}: {t.nodes} node{'s' * (t.nodes > 1)} x {t.procs_per_node}",
-        f"strategy   {plan.strategy}, {plan.precision}{recomputed}",
-        f"batch      {plan.batch.describe()}",
-        f"length     {steps}, each of at most {plan.batch.global_batch * plan.length:,} tokens",
-        f"optimizer  {_name(config.optim)}, rate {config.optim.lr:g}, {_name(config.schedule)} after {config.schedule.warmup_steps} "
-        f"steps of warm-up; {clip}",
-        f"eval       {_eval(config)}",
-        f"at the end export in {dtype}; trackers: {', '.join(config.tracker) or 'none'}",
+        *_settled(config, plan),
         "",
         f"memory of a rank in {unit.name}, by formula, for micro-batches of {plan.batch.micro_batch} "
         f"({each} {plan.capacity_bytes / unit.bytes:,.1f}):",
         *_table(plan, unit),
-    ]  # fmt: skip
+    ]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _settled(config: Config, plan: Plan) -> list[str]:
+    f, t, train = plan.figures, plan.topology, config.train
+    num_trained = config.tuning.num_trainable(f)
+    trained = "all trained" if num_trained == f.num_params else f"{num_trained / 1e6:,.1f} M trained"
+    about = ", counted as a Llama of these sizes" if f.estimate else ""
+    packed = "packed" if config.dataset.packing else "one document each"
+    steps = (
+        f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs, in whole steps once the rows are counted"
+    )
+    recomputed = ", activations recomputed" if train.activation_checkpointing else ""
+    clip = f"gradient norm at most {train.grad_clip:g}" if train.grad_clip else "gradients not clipped"
+    dtype = plan.precision if config.export.dtype == "auto" else config.export.dtype
+    schedule = f"{_name(config.schedule)} after {config.schedule.warmup_steps} steps of warm-up"
+    return [
+        f"run        {config.run.name} in {config.run.dir}/{config.run.name}, seed {config.run.seed}",
+        f"model      {f.num_params / 1e6:,.1f} M parameters{about}, {trained}; {f.layers} layers of {f.hidden}, "
+        f"vocabulary {f.vocab:,}",
+        f"data       {_name(config.dataset)}: rows of up to {plan.length:,} tokens, {packed}; "
+        f"objective {_name(config.objective)}",
+        f"ranks      {t.size} on {plan.device}: {t.nodes} node{'s' * (t.nodes > 1)} x {t.procs_per_node}",
+        f"strategy   {plan.strategy}, {plan.precision}{recomputed}",
+        f"batch      {plan.batch.describe()}",
+        f"length     {steps}, each of at most {plan.batch.global_batch * plan.length:,} tokens",
+        f"optimizer  {_name(config.optim)}, rate {config.optim.lr:g}, {schedule}; {clip}",
+        f"eval       {_eval(config)}",
+        f"output     export in {dtype}; trackers {', '.join(config.tracker) or 'none'}",
+    ]
 
 
 def _name(spec: object) -> str:
@@ -82,4 +93,14 @@ def _table(plan: Plan, unit: _Unit) -> list[str]:
 
 def _row(memory: Memory) -> tuple[float, ...]:
     s = memory.states
-    return (s.params, s.grads, s.optim, s.gathered, memory.activations, memory.loss, memory.constant, memory.total, s.host)
+    return (
+        s.params,
+        s.grads,
+        s.optim,
+        s.gathered,
+        memory.activations,
+        memory.loss,
+        memory.constant,
+        memory.total,
+        s.host,
+    )

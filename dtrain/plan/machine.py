@@ -27,7 +27,7 @@ class Machine:
 
 
 def look(env: Mapping[str, str] = os.environ) -> Machine:
-    """This machine; a GPU counts when its driver answers and CUDA_VISIBLE_DEVICES does not hide it."""
+    """What is here; a GPU counts when its driver answers and CUDA_VISIBLE_DEVICES does not hide it."""
     name, memory, count = _gpus() if Path("/proc/driver/nvidia/version").exists() else ("", 0, 0)
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

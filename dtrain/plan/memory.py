@@ -104,7 +104,8 @@ def _activations(need: Need, shape: Shape) -> float:
 
 def _loss(need: Need, shape: Shape) -> float:
     """Projection and cross-entropy a chunk of rows at a time: a chunk's logits, the gradients of projection and hidden
-    states."""
+    states.
+    """
     f, e = need.figures, need.compute_bytes
     tokens = shape.micro_batch * shape.length
     rows = min(tokens, max(LOSS_LEAST_ROWS, LOSS_CHUNK_BYTES[shape.device] // (4 * f.vocab)))

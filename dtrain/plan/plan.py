@@ -55,7 +55,7 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
               strategies: Mapping[str, StrategySpec]) -> Plan:  # fmt: skip
     """Everything `launch` decides before it looks at the data. Raises PlanError with all that is wrong.
 
-    `name` is the chosen strategy's; `strategies` are all choices, of which `auto` picks and to which the table compares.
+    `name` is the chosen strategy's; `strategies` are all choices, of which `auto` picks and the table compares.
     """
     notes: list[str] = []
     device = settle_device(config, machine)
@@ -70,7 +70,9 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     if not known:
         notes.append("no GPU is visible here: planned for one of 80 GiB; set device_memory_gb for another")
     if config.train.steps is not None and config.schedule.warmup_steps >= config.train.steps:
-        notes.append(f"schedule.warmup_steps={config.schedule.warmup_steps}: all {config.train.steps} steps are warm-up")
+        notes.append(
+            f"schedule.warmup_steps={config.schedule.warmup_steps}: all {config.train.steps} steps are warm-up"
+        )
     need = Need(figures, config.tuning.num_trainable(figures), precision, config.optim.state_bytes, topology)
     room = _Room(config, need, device, capacity, global_batch)
     concrete = {key: one for key, one in strategies.items()
@@ -87,7 +89,8 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
 
 def num_steps(config: Config, global_batch: int, num_rows: int) -> int:
     """Optimizer steps of the whole run, once the rows are counted: whole steps, so that the last one may go a little
-    into the next epoch."""
+    into the next epoch.
+    """
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
@@ -105,7 +108,9 @@ class _Room:
     global_batch: int
 
     def memory(self, strategy: StrategySpec, micro_batch: int) -> Memory:
-        shape = Shape(micro_batch, self.config.dataset.max_length, self.config.train.activation_checkpointing, self.device)
+        shape = Shape(
+            micro_batch, self.config.dataset.max_length, self.config.train.activation_checkpointing, self.device
+        )
         return estimate(self.need, strategy.states(self.need), shape)
 
     def micro_batch(self, strategy: StrategySpec) -> int | None:
@@ -133,8 +138,8 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
         if micro is None:
             micro = least
             needed = room.memory(config.strategy, micro).total
-            notes.append(f"does not fit by the formula: {needed / 2**30:.1f} GiB a rank of {room.capacity / 2**30:.1f}; "
-                         f"it may run out of memory")  # fmt: skip
+            notes.append(f"does not fit by the formula: {needed / 2**30:.1f} GiB a rank of {room.capacity / 2**30:.1f}"
+                         f"; it may run out of memory")  # fmt: skip
         return name, micro
     tried: list[str] = []
     for key in config.strategy.candidates():
@@ -142,9 +147,11 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
             raise PlanError(f"strategy.order={key}: no such strategy; there are: {', '.join(sorted(concrete))}")
         micro = room.micro_batch(concrete[key])
         if micro is not None:
-            before = f"; with a micro-batch of {least} {', '.join(tried)} of {room.capacity / 2**30:.1f}" if tried else ""
-            notes.append(f"strategy={name} takes {key}: the first of {', '.join(config.strategy.candidates())} that fits"
-                         f"{before}")  # fmt: skip
+            before = (
+                f"; with a micro-batch of {least} {', '.join(tried)} of {room.capacity / 2**30:.1f}" if tried else ""
+            )
+            notes.append(f"strategy={name} takes {key}: the first of {', '.join(config.strategy.candidates())} that "
+                         f"fits{before}")  # fmt: skip
             return key, micro
         tried.append(f"{key} needs {room.memory(concrete[key], least).total / 2**30:.1f} GiB")
     raise PlanError(f"strategy={name}: none fits {room.capacity / 2**30:.1f} GiB a rank with a micro-batch of {least}: "
@@ -155,8 +162,8 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
 def _check_length(config: Config, figures: Figures) -> list[str]:
     if config.dataset.max_length <= figures.max_positions:
         return []
-    return [f"dataset.max_length={config.dataset.max_length}: the model was made for {figures.max_positions} positions; "
-            f"set it to at most that"]  # fmt: skip
+    return [f"dataset.max_length={config.dataset.max_length}: the model was made for {figures.max_positions} positions"
+            f"; set it to at most that"]  # fmt: skip
 
 
 def _check_precision(config: Config, device: Device) -> list[str]:

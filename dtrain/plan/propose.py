@@ -88,5 +88,5 @@ def _secrets(values: Mapping[str, Any], path: str = "") -> list[str]:
             found += _secrets(value, f"{where}.")
         elif isinstance(value, str | list) and scrub(value) != value:
             found.append(f"{where}: its value holds what looks like a secret, such as one from the environment; every "
-                         f"value is written to the run folder. Leave it in the environment: there it is found")  # fmt: skip
+                         f"value is written to the run folder. Leave it in the environment")  # fmt: skip
     return found

@@ -16,8 +16,8 @@ def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], o
     """Put what the plan and the data decided in place of what was left open. Raises DataError."""
     global_batch = plan.batch.global_batch
     if num_rows < global_batch:
-        raise DataError(f"batch.global_batch={global_batch}: the dataset has only {num_rows} training rows, less than one "
-                        f"step takes; use at most {num_rows}, a shorter dataset.max_length, or more data")  # fmt: skip
+        raise DataError(f"batch.global_batch={global_batch}: the dataset has only {num_rows} training rows, less than "
+                        f"one step takes; use at most {num_rows}, a shorter dataset.max_length or more data")  # fmt: skip
     strategy = config.strategy if not config.strategy.candidates() else strategies[plan.strategy]
     dtype = plan.precision if config.export.dtype == "auto" else config.export.dtype
     return dataclasses.replace(
@@ -25,8 +25,8 @@ def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], o
         objective=objective,
         strategy=strategy,
         device=plan.device,
-        train=dataclasses.replace(config.train, precision=plan.precision, steps=num_steps(config, global_batch, num_rows),
-                                  epochs=None),
+        train=dataclasses.replace(config.train, precision=plan.precision, epochs=None,
+                                  steps=num_steps(config, global_batch, num_rows)),
         batch=dataclasses.replace(config.batch, global_batch=global_batch, global_tokens=None,
                                   micro_batch=plan.batch.micro_batch),
         export=dataclasses.replace(config.export, dtype=dtype),

@@ -24,7 +24,11 @@ def help_text(parser: argparse.ArgumentParser, config_dir: Path | None) -> str:
     found = choices(config_dir)
     width = max(map(len, found))
     lines += [_folded(f"  {group:<{width}}  ", names) for group, names in found.items()]
-    lines += ["", "Keys, set by key=value (`dtrain config explain KEY` tells more; -m runs key=a,b for each value):", ""]
+    lines += [
+        "",
+        "Keys, set by key=value (`dtrain config explain KEY` tells more; -m runs key=a,b for each value):",
+        "",
+    ]
     text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
     lines += ["  " + line for line in text[text.index("\nrun:") + 1 :].rstrip().splitlines()]
     return "\n".join(lines) + "\n"

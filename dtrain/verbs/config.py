@@ -15,9 +15,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     explain = verbs.add_parser("explain", help="what a key means, its type, its default and its value")
     explain.add_argument("key", metavar="KEY", help="as in train.grad_clip, or a group as in strategy")
     explain.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    verbs.add_parser("schema", help="every key of every group and choice").add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    verbs.add_parser("schema", help="every key of every group and choice").add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE"
+    )
     for one in verbs.choices.values():
-        one.add_argument("--config-dir", "-cd", type=Path, default=None, metavar="DIR", help="your own groups and choices")
+        one.add_argument(
+            "--config-dir", "-cd", type=Path, default=None, metavar="DIR", help="your own groups and choices"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         if args.key in sections:
             print("\n".join(known[key].line() for key in known if key.startswith(args.key + ".")))
             return 0
-        raise ConfigError(f"{args.key}: no such key{nearest(args.key, list(known))}; `dtrain config schema` lists them all")
+        raise ConfigError(
+            f"{args.key}: no such key{nearest(args.key, list(known))}; `dtrain config schema` lists them all"
+        )
     print(known[args.key].text())
     return 0

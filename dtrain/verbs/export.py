@@ -20,7 +20,9 @@ def run(args: argparse.Namespace) -> int:
 
     source = find(args.run).export
     if not source.is_dir():
-        raise ExportError(f"{source}: not there; a run exports its weights when it ends, see `dtrain runs show {args.run}`")
+        raise ExportError(
+            f"{source}: not there; a run exports its weights when it ends, see `dtrain runs show {args.run}`"
+        )
     if args.to.exists():
         raise ExportError(f"--to {args.to}: is there already; name a new folder")
     if args.max_shard_gb <= 0:

@@ -46,12 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launch_all(combinations: list[list[str]], args: argparse.Namespace) -> int:
-    """A run after the other. Nothing is started unless all can be; one that fails does not keep the others from running.
+    """A run after the other. Nothing is started unless all can be; where one fails, the others run all the same.
 
     The exit code: 75 where a run was stopped, which ends the sweep; else the first that is not 0.
     """
-    from dtrain.verbs._report import report
     from dtrain.runs import redact
+    from dtrain.verbs._report import report
 
     names = _names(combinations, args.config_dir)
     codes: list[int] = []
@@ -134,16 +134,17 @@ def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prep
 def _refuse_done(run: RunDir) -> None:
     outcome = run.read_outcome()
     if outcome is not None and outcome.kind == "done":
-        raise RunError(f"run.name={run.name}: this run is done, and a new one would write over it; type another run.name, "
-                       f"or remove {run.path}")  # fmt: skip
+        raise RunError(f"run.name={run.name}: this run is done, and a new one would write over it; type another "
+                       f"run.name, or remove {run.path}")  # fmt: skip
 
 
 def _next_steps(run: RunDir) -> str:
     where = shlex.quote(str(run.path))
+    curve = run.path / "loss.png"
     return "\n".join([
         f"export     {run.export}",
-        f"curve      {run.path / 'loss.png'}",
-        f"next       dtrain generate {where} --prompt 'def '",
+        *([f"curve      {curve}"] if curve.is_file() else []),
+        f"next       dtrain generate {where} --prompt '...'   (with --chat after conversations)",
         f"           dtrain runs show {where}",
     ])  # fmt: skip
 
@@ -159,7 +160,7 @@ def _print_config(overrides: list[str], config_dir: Path | None) -> int:
 
 
 def _names(combinations: list[list[str]], config_dir: Path | None) -> list[str]:
-    """A name for each run: the configured one, and what differs. Raises ConfigError with what is wrong in any of them."""
+    """A name for each run: the configured one, and what differs. Raises ConfigError with what is wrong in any."""
     from dtrain.plan.propose import propose
 
     problems: dict[str, None] = {}
@@ -173,7 +174,9 @@ def _names(combinations: list[list[str]], config_dir: Path | None) -> list[str]:
         raise ConfigError.of(problems)
     if len(set(names)) == len(names):
         return names
-    differ = [[text for i, text in enumerate(one) if len({other[i] for other in combinations}) > 1] for one in combinations]
+    differ = [
+        [text for i, text in enumerate(one) if len({other[i] for other in combinations}) > 1] for one in combinations
+    ]
     tails = [re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(text.lstrip("+~") for text in one)) for one in differ]
     full = [f"{name}-{tail}" if tail else name for name, tail in zip(names, tails, strict=True)]
     if len(set(full)) < len(full) or max(map(len, full)) > LONGEST_NAME:

@@ -32,7 +32,9 @@ def find(name: Path) -> RunDir:
         if (path / "config.yaml").is_file():
             return RunDir(path)
     known = [one.name for one in list_runs(Path("runs"))]
-    raise RunError(f"{name}: no run of that name or folder" + (f"; in runs/ there are: {', '.join(known[:8])}" if known else ""))
+    raise RunError(
+        f"{name}: no run of that name or folder" + (f"; in runs/ there are: {', '.join(known[:8])}" if known else "")
+    )
 
 
 def _ls(root: Path, *, as_json: bool) -> int:

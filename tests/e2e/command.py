@@ -48,7 +48,9 @@ def _who(draw: random.Random) -> str:
 
 
 def _does(draw: random.Random) -> str:
-    return f"{draw.choice(['sees', 'likes', 'finds', 'takes'])} {draw.choice(['a cat', 'the sea', 'a book', 'the moon'])}"
+    return (
+        f"{draw.choice(['sees', 'likes', 'finds', 'takes'])} {draw.choice(['a cat', 'the sea', 'a book', 'the moon'])}"
+    )
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,10 @@ import pytest
 
 from tests.e2e.command import SMALL, dtrain, rows, workers_of, write_chats, write_texts
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left processes in /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left processes in /proc"),
+]
 
 KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu", "mem_bytes",
         "epoch", "samples"]  # fmt: skip
@@ -30,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def zero3(folder: Path):
     """What the main job says."""
-    return dtrain(folder, "launch", "+strategy=zero3", "launcher.procs=2", "run.name=main", "dataset.path=texts.jsonl", *SMALL)
+    return dtrain(
+        folder, "launch", "+strategy=zero3", "launcher.procs=2", "run.name=main", "dataset.path=texts.jsonl", *SMALL
+    )
 
 
 def test_it_is_done(folder: Path, zero3) -> None:
@@ -98,7 +103,9 @@ def test_the_export_is_the_model(folder: Path, zero3) -> None:
 def test_what_comes_after(folder: Path, zero3) -> None:
     listed = dtrain(folder, "runs", "ls")
     assert listed.returncode == 0
-    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:] if line.startswith("main")] == [["main", "done", "8/8"]]
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:] if line.startswith("main")] == [
+        ["main", "done", "8/8"]
+    ]
     shown = dtrain(folder, "runs", "show", "main")
     assert shown.returncode == 0
     assert "zero3" in shown.stdout
@@ -111,7 +118,9 @@ def test_what_comes_after(folder: Path, zero3) -> None:
     import torch
     from safetensors.torch import load_file
 
-    full, half = (load_file(path / "model.safetensors") for path in (folder / "runs" / "main" / "export", folder / "half"))
+    full, half = (
+        load_file(path / "model.safetensors") for path in (folder / "runs" / "main" / "export", folder / "half")
+    )
     assert full.keys() == half.keys()
     assert all(torch.equal(full[name].bfloat16(), half[name]) for name in full)
     again = dtrain(folder, "export", "main", "--to", "half")
@@ -141,7 +150,9 @@ def test_the_same_losses_in_every_form(folder: Path, zero3, strategy: str, procs
 
 
 def test_conversations(folder: Path) -> None:
-    done = dtrain(folder, "launch", "strategy=ddp", "launcher.procs=1", "run.name=chats", "dataset.path=chats.jsonl", *SMALL)
+    done = dtrain(
+        folder, "launch", "strategy=ddp", "launcher.procs=1", "run.name=chats", "dataset.path=chats.jsonl", *SMALL
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "objective: sft" in done.stdout
     metrics = rows(folder / "runs" / "chats" / "metrics.jsonl")
@@ -151,7 +162,7 @@ def test_conversations(folder: Path) -> None:
     assert said.returncode == 0, said.stderr
 
 
-PLUGIN = '''
+PLUGIN = """
 import os
 from typing import Literal
 from dtrain.config.spec import ObjectiveSpec, spec
@@ -179,7 +190,7 @@ class Faulty(ObjectiveSpec):
             return loss
 
         return objective
-'''
+"""
 
 
 @pytest.fixture(scope="module")

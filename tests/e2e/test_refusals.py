@@ -68,7 +68,11 @@ def test_rows_that_are_no_rows(here: Path, capsys) -> None:
     (here / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n\n{"txt": "three"}\n{"text": 5}\n')
     said = _refused(capsys, "launch", *SMALL, "dataset.path=bad.jsonl")
     assert said.splitlines()[0] == "error: dataset: 3 bad rows; repair or remove:"
-    for line in ("bad.jsonl:2: not JSON", "bad.jsonl:4: has neither `text` nor `messages`, but `txt`", "bad.jsonl:5: `text` is a number"):
+    for line in (
+        "bad.jsonl:2: not JSON",
+        "bad.jsonl:4: has neither `text` nor `messages`, but `txt`",
+        "bad.jsonl:5: `text` is a number",
+    ):
         assert line in said
     assert _runs(here) == []
 
@@ -195,7 +199,20 @@ def test_options_anywhere(here: Path, capsys) -> None:
 
 
 def test_a_sweep_is_named_by_what_differs(here: Path, capsys) -> None:
-    assert run(["launch", "-m", "--dry-run", "experiment=smoke", "+strategy=ddp,zero1", "train.steps=range(3,5)", "launcher.procs=1"]) == 0
+    assert (
+        run(
+            [
+                "launch",
+                "-m",
+                "--dry-run",
+                "experiment=smoke",
+                "+strategy=ddp,zero1",
+                "train.steps=range(3,5)",
+                "launcher.procs=1",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     for name in ("smoke-strategy=ddp-train.steps=3", "smoke-strategy=zero1-train.steps=4"):
         assert f"run        {name} in runs/{name}" in said
@@ -206,7 +223,19 @@ def test_a_sweep_is_named_by_what_differs(here: Path, capsys) -> None:
     assert "run        b in" in capsys.readouterr().out
     assert run(["launch", "-m", "--dry-run", "launcher.procs=1"]) == 0
     assert "run        demo in" in capsys.readouterr().out
-    assert run(["launch", "-m", "--dry-run", "run.dir=" + ",".join(c * 150 for c in "ab"), "optim.lr=1,1", "launcher.procs=1"]) == 0
+    assert (
+        run(
+            [
+                "launch",
+                "-m",
+                "--dry-run",
+                "run.dir=" + ",".join(c * 150 for c in "ab"),
+                "optim.lr=1,1",
+                "launcher.procs=1",
+            ]
+        )
+        == 0
+    )
     assert len({line for line in capsys.readouterr().out.splitlines() if line.startswith("run  ")}) == 4
 
 

@@ -12,7 +12,14 @@ from dtrain.config.compose import choices
 from dtrain.plan.machine import Machine
 
 HERE = Path(__file__).parent / "plan"
-QWEN = ["model=qwen7b", "device=cuda", "launcher.procs=8", "device_memory_gb=80", "batch.global_batch=64", "dataset.max_length=2048"]
+QWEN = [
+    "model=qwen7b",
+    "device=cuda",
+    "launcher.procs=8",
+    "device_memory_gb=80",
+    "batch.global_batch=64",
+    "dataset.max_length=2048",
+]
 CASES = {
     "default": [],
     "smoke": ["experiment=smoke"],

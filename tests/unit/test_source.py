@@ -57,15 +57,23 @@ def _banned(where: str, tree: ast.Module) -> Iterator[str]:
             if name in BANNED_CALLS:
                 yield f"{where}:{node.lineno}: calls {name}"
             for keyword in node.keywords:
-                if keyword.arg == "shell" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False):
+                if keyword.arg == "shell" and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                ):
                     yield f"{where}:{node.lineno}: shell="
-                if keyword.arg == "allow_pickle" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False):
+                if keyword.arg == "allow_pickle" and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                ):
                     yield f"{where}:{node.lineno}: allow_pickle="
             if name == "yaml.load" and "Loader" not in {keyword.arg for keyword in node.keywords}:
                 yield f"{where}:{node.lineno}: yaml.load without a loader"
             if name == "yaml.load" and f"dtrain/{where}" not in SAFE_LOADERS:
                 yield f"{where}:{node.lineno}: yaml.load outside of the one place"
-        if isinstance(node, ast.Attribute) and node.attr in ("Loader", "FullLoader", "UnsafeLoader") and _name(node.value) == "yaml":
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("Loader", "FullLoader", "UnsafeLoader")
+            and _name(node.value) == "yaml"
+        ):
             yield f"{where}:{node.lineno}: yaml.{node.attr}"
 
 

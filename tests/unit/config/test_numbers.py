@@ -83,7 +83,9 @@ def test_there_are_numbers() -> None:
             "batch.micro_batch"} <= {f"{path}.{key}" for path, _, key in CASES}  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "typed", "key"), CASES, ids=[f"{typed}.{key}" if typed else f"{path}.{key}" for path, typed, key in CASES])
+@pytest.mark.parametrize(
+    ("path", "typed", "key"), CASES, ids=[f"{typed}.{key}" if typed else f"{path}.{key}" for path, typed, key in CASES]
+)
 def test_what_no_number_may_be(path: str, typed: str, key: str) -> None:
     for value in (math.nan, math.inf, -math.inf, -1, -0.5, "abc", True, [1], {"a": 1}, 10**400):
         said = _said(path, typed, key, value)
@@ -99,7 +101,9 @@ ZERO = {"run.seed", "train.grad_clip", "eval.every_steps", "eval.fraction", "che
 """Keys for which 0 means something."""
 
 
-@pytest.mark.parametrize(("path", "typed", "key"), CASES, ids=[f"{typed}.{key}" if typed else f"{path}.{key}" for path, typed, key in CASES])
+@pytest.mark.parametrize(
+    ("path", "typed", "key"), CASES, ids=[f"{typed}.{key}" if typed else f"{path}.{key}" for path, typed, key in CASES]
+)
 def test_zero(path: str, typed: str, key: str) -> None:
     said = _said(path, typed, key, 0)
     assert bool(said) == (f"{path}.{key}" not in ZERO), said or f"{path}.{key}=0 was accepted"

@@ -125,7 +125,16 @@ def test_all_problems_at_once() -> None:
         configure(typed, None)
     lines = str(caught.value).splitlines()
     assert len(lines) == 8
-    for start in ("foo:", "model=nope:", "optim.lr=abc:", "run.dir=':", "train.stepz:", "launcher.procs=0:", "hydra.x=1:", "b:"):
+    for start in (
+        "foo:",
+        "model=nope:",
+        "optim.lr=abc:",
+        "run.dir=':",
+        "train.stepz:",
+        "launcher.procs=0:",
+        "hydra.x=1:",
+        "b:",
+    ):
         assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
 
 

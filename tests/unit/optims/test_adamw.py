@@ -32,7 +32,7 @@ def test_the_shape_that_deepspeed_keeps_beside_a_partitioned_parameter() -> None
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_one_step_by_hand(fused: bool) -> None:  # noqa: FBT001
+def test_one_step_by_hand(fused: bool) -> None:
     """After one step both corrected moments are the gradient's: the update is lr * g / (|g| + eps), and the decay."""
     param = nn.Parameter(torch.tensor([[2.0]]))
     optimizer = AdamW(lr=0.1, weight_decay=0.5, eps=1e-8).build([("w", param)], fused=fused)

@@ -20,7 +20,10 @@ def test_ten_on_four() -> None:
         [range(0, 2), range(2, 3)], [range(3, 5), range(5, 6)], [range(6, 7), range(7, 8)], [range(8, 9), range(9, 10)],
     ]  # fmt: skip
     assert plan.busy == 10 / 12
-    assert plan.describe() == "global 10 = 3+3+2+2 over 4 ranks, 2 micro-batches of up to 2, 83% busy; 8 or 12 would be 100 %"
+    assert (
+        plan.describe()
+        == "global 10 = 3+3+2+2 over 4 ranks, 2 micro-batches of up to 2, 83% busy; 8 or 12 would be 100 %"
+    )
 
 
 def test_three_on_five() -> None:

@@ -82,7 +82,9 @@ def test_what_is_frozen_has_no_gradient_and_no_state() -> None:
 
 
 def test_offload_moves_to_the_host() -> None:
-    spec = validate_spec("strategy", {**group_choice("strategy", "zero3"), "offload_optimizer": "cpu", "offload_param": "cpu"})
+    spec = validate_spec(
+        "strategy", {**group_choice("strategy", "zero3"), "offload_optimizer": "cpu", "offload_param": "cpu"}
+    )
     there, here = spec.states(_need(64)), _states("zero3", _need(64))
     assert (there.params, there.optim) == (0, 0)
     assert there.host == here.params + here.optim
@@ -136,7 +138,7 @@ def _decoder(kind: str, layers: int):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("length", [64, 512])
-def test_activations(kind: str, dtype: str, length: int, recomputed: bool) -> None:  # noqa: FBT001
+def test_activations(kind: str, dtype: str, length: int, recomputed: bool) -> None:
     """What two layers more keep, within 15 %; 64 tokens, where matrices are most of it, and 512, where masks are."""
     measured = _saved_bytes(kind, 3, dtype, length=length, recomputed=recomputed) - _saved_bytes(
         kind, 1, dtype, length=length, recomputed=recomputed)  # fmt: skip
@@ -147,10 +149,10 @@ def test_activations(kind: str, dtype: str, length: int, recomputed: bool) -> No
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_activations_of_a_whole_decoder(kind: str) -> None:
     measured = _saved_bytes(kind, 3, "bfloat16", length=256, recomputed=False)
-    assert _activations(kind, 3, "bfloat16", 256, False) == pytest.approx(measured, rel=0.15)  # noqa: FBT003
+    assert _activations(kind, 3, "bfloat16", 256, False) == pytest.approx(measured, rel=0.15)
 
 
-def _activations(kind: str, layers: int, dtype: str, length: int, recomputed: bool) -> float:  # noqa: FBT001
+def _activations(kind: str, layers: int, dtype: str, length: int, recomputed: bool) -> float:
     figures = Figures.from_hf({**SMALL, "model_type": kind, "num_hidden_layers": layers})
     need = Need(figures, figures.num_params, "fp32" if dtype == "float32" else "bf16", 8, Topology(1, 1))
     shape = Shape(micro_batch=2, length=length, activation_checkpointing=recomputed, device="cpu")

@@ -14,7 +14,9 @@ from dtrain.plan.settle import settle
 from dtrain.plan.world import World
 
 NO_GPU = Machine(cores=4, memory_bytes=32 * 2**30, gpus=0, gpu_name="", gpu_memory_bytes=0)
-EIGHT = Machine(cores=64, memory_bytes=512 * 2**30, gpus=8, gpu_name="NVIDIA H100 80GB HBM3", gpu_memory_bytes=80 * 2**30)
+EIGHT = Machine(
+    cores=64, memory_bytes=512 * 2**30, gpus=8, gpu_name="NVIDIA H100 80GB HBM3", gpu_memory_bytes=80 * 2**30
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,9 @@ def test_nothing_is_left_open() -> None:
 
 def test_the_typed_strategy_keeps_its_values() -> None:
     proposal = propose(["strategy=zero2", "strategy.reduce_bucket_size=1000"], None)
-    assert settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 16).strategy.reduce_bucket_size == 1000
+    assert (
+        settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 16).strategy.reduce_bucket_size == 1000
+    )
 
 
 def test_too_few_rows() -> None:
@@ -81,7 +85,9 @@ def test_auto_takes_the_first_that_fits() -> None:
 
 def test_what_does_not_fit_is_told_and_done(monkeypatch) -> None:
     """Who names a strategy may know better than a formula."""
-    plan = propose(["model=qwen7b", "device=cuda", "strategy=ddp", "launcher.procs=8", "device_memory_gb=24"], None, elsewhere=True).plan
+    plan = propose(
+        ["model=qwen7b", "device=cuda", "strategy=ddp", "launcher.procs=8", "device_memory_gb=24"], None, elsewhere=True
+    ).plan
     assert not plan.fits
     assert any(note.startswith("does not fit by the formula: ") for note in plan.notes)
     assert plan.batch.micro_batch == 1
@@ -107,7 +113,13 @@ def test_peaks() -> None:
 def test_world_from_the_environment() -> None:
     env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     world = World.from_env("cpu", env)
-    assert (world.rank, world.size, world.local_rank, world.topology.nodes, world.topology.procs_per_node) == (5, 8, 1, 2, 4)
+    assert (world.rank, world.size, world.local_rank, world.topology.nodes, world.topology.procs_per_node) == (
+        5,
+        8,
+        1,
+        2,
+        4,
+    )
     assert World.from_env("cpu", {}).size == 1
     with pytest.raises(Exception, match="RANK set in the environment but not WORLD_SIZE, LOCAL_RANK"):
         World.from_env("cpu", {"RANK": "0"})

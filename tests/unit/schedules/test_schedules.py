@@ -37,12 +37,16 @@ def test_cosine() -> None:
 
 def test_wsd() -> None:
     # 10 steps, 2 of warm-up, the last 4 in a straight line to 0.
-    assert _factors(WSD(warmup_steps=2, decay_fraction=0.4), 10) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert _factors(WSD(warmup_steps=2, decay_fraction=0.4), 10) == pytest.approx(
+        [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    )
     assert _factors(WSD(decay_fraction=0.0), 3) == [1, 1, 1]
     assert _factors(WSD(decay_fraction=1.0, min_factor=0.5), 2) == [1, 0.75]
 
 
-@given(kind=st.sampled_from([Constant, Linear, Cosine, WSD]), warmup_steps=st.integers(0, 50), steps=st.integers(1, 200))
+@given(
+    kind=st.sampled_from([Constant, Linear, Cosine, WSD]), warmup_steps=st.integers(0, 50), steps=st.integers(1, 200)
+)
 def test_never_beyond_the_peak(kind, warmup_steps: int, steps: int) -> None:
     factors = _factors(kind(warmup_steps=warmup_steps), steps)
     assert all(0 < factor <= 1 for factor in factors)
