@@ -17,7 +17,7 @@ def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], o
     global_batch = plan.batch.global_batch
     if num_rows < global_batch:
         raise DataError(f"batch.global_batch={global_batch}: the dataset has only {num_rows} training rows, less than "
-                        f"one step takes; use at most {num_rows}, a shorter dataset.max_length or more data")  # fmt: skip
+                        f"one step takes; use at most {num_rows}, shorter rows or more data")  # fmt: skip
     strategy = config.strategy if not config.strategy.candidates() else strategies[plan.strategy]
     dtype = plan.precision if config.export.dtype == "auto" else config.export.dtype
     return dataclasses.replace(
