@@ -21,7 +21,7 @@ _TABLES = {"encodings", "pydoc_data"}
 
 @spec
 class Stdlib(DatasetSpec):
-    max_length: Annotated[int, Field(ge=2)] = 512
+    max_length: Annotated[int, Field(ge=2)] = 256
     """Tokens in a row."""
     packing: bool = True
     """Several documents in a row, each seeing only itself; else one document a row."""

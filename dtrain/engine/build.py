@@ -1,4 +1,4 @@
-"""From frozen values to live things. The only file that calls `.build()`, and the order in which it must be done."""
+"""From frozen values to live things: model, tuning, strategy, objective, in the order in which it must be done."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ def build(
             recompute(block)
     shapes = {name: tuple(param.shape) for name, param in bundle.module.named_parameters()}
     optim = Optim(config.optim, config.train.precision, config.train.grad_clip)
+    frozen = [name for name, param in bundle.module.named_parameters() if not param.requires_grad]
+    assert not frozen, f"strategies load trained parameters only, and {frozen[0]} is frozen"
     strategy = config.strategy.build(world, comm, optim)
     strategy.wrap(bundle)
     course = Course(
@@ -95,6 +97,7 @@ def build(
         flops_per_token=config.model.figures().flops_per_token(config.dataset.max_length),
         peak_flops=peak_flops(torch.cuda.get_device_name(comm.device)) if comm.device.type == "cuda" else None,
     )
+    torch.manual_seed(config.run.seed + 1 + comm.rank)  # dropout differs between ranks
     engine = Engine(course, strategy, config.objective.build(), comm, rows)
     return Built(engine, strategy, bundle, config, comm, shapes)
 

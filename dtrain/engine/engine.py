@@ -78,7 +78,9 @@ class Engine:
             for tracker in trackers:
                 tracker.step(report)
                 if result.skipped:
-                    tracker.note(f"step {step + 1}: gradients overflowed in fp16; no update, loss scale lowered")
+                    tracker.note(
+                        f"step {step + 1}: gradients overflowed in fp16; nothing was updated, the loss scale is lowered"
+                    )
             last = step + 1 == course.steps
             if last or (course.eval_every and (step + 1) % course.eval_every == 0):
                 eval_loss = self._eval(step + 1, trackers, progress)
@@ -110,6 +112,7 @@ class Engine:
             step=step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr, num_targets=result.num_targets,
             tokens=result.num_tokens, tokens_per_s=tokens_per_s, step_s=step_s, data_s=data_s, mfu=mfu,
             mem_bytes=int(mem_bytes), epoch=loader.epoch(step + 1), samples=(step + 1) * course.batch.global_batch,
+            extras=result.extras,
         )  # fmt: skip
 
 

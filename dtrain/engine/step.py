@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +33,8 @@ class StepResult:
     num_targets: int
     num_tokens: int
     skipped: bool
+    extras: Mapping[str, float]
+    """Of the objective, means over targets."""
 
 
 def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
@@ -43,21 +45,27 @@ def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: 
     """
     counts = [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)]
     num_targets, num_tokens = (int(n) for n in comm.sum(counts))
-    losses = []
+    losses, extras = [], []
     for i, batch in enumerate(batches):
         with strategy.micro(sync=i == len(batches) - 1):
             loss = objective(strategy.module, batch.to(comm.device))
             # A sum over this rank's targets; the strategy's mean over ranks then is the mean over all targets.
             strategy.backward(loss.total * (comm.size / max(1, num_targets)))
             losses.append(loss.total.detach())
-    sums = torch.stack(losses).tolist()
-    total = comm.sum([sum(sums)])[0]
+            extras.append(loss.extras)
+    # One wait for the device: the loss of each micro-batch, then the sum of each extra, in the order of its names.
+    names = sorted(extras[0])
+    further = [torch.stack([one[name].detach().float() for one in extras]).sum() for name in names]
+    sums = torch.stack([*losses, *further]).tolist()
+    sums, further_sums = sums[: len(losses)], sums[len(losses) :]
+    total, *all_extras = comm.sum([sum(sums), *further_sums])
     if not math.isfinite(total):
         raise NonFiniteError(_blame("loss", batches, sums, comm))
     update = strategy.step(lr)
     if not math.isfinite(update.grad_norm) and not update.skipped:
         raise NonFiniteError(_blame("gradient", batches, sums, comm))
-    return StepResult(total / max(1, num_targets), update.grad_norm, num_targets, num_tokens, update.skipped)
+    means = {name: value / max(1, num_targets) for name, value in zip(names, all_extras, strict=True)}
+    return StepResult(total / max(1, num_targets), update.grad_norm, num_targets, num_tokens, update.skipped, means)
 
 
 def _blame(what: str, batches: Sequence[Batch], sums: Sequence[float], comm: AbstractComm) -> str:

@@ -16,4 +16,4 @@ class Loss:
     """fp32 scalar, attached to every trainable parameter even where there is no target."""
     num_targets: int
     extras: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    """Further sums over targets, detached, for the trackers."""
+    """Further sums over targets, for the trackers; the same names in every micro-batch of every rank."""

@@ -89,7 +89,12 @@ class _ZeRO(AbstractStrategy):
     def step(self, lr: float) -> Update:
         for group in self._zero.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:  # DeepSpeed has no class of its own for it
+            if self._optim.precision == "fp16" and "loss scale" in str(error):
+                return Update(math.inf)
+            raise
         norm = float(self._engine.get_global_grad_norm())
         if self._spec.stage == 3:
             # A parameter without a gradient in the first micro-batch would start from last step's.
@@ -192,10 +197,16 @@ class _ZeRO(AbstractStrategy):
             "managed_gradient_accumulation": False,
             "gradient_clipping": self._optim.grad_clip,
             "zero_optimization": zero,
-            "zero_allow_untested_optimizer": False,
+            "zero_allow_untested_optimizer": True,  # the plan refuses what cannot run on pieces
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": precision == "bf16"},
-            "fp16": {"enabled": precision == "fp16"},
+            "fp16": {  # the rule of `LossScale`, which the other strategies follow
+                "enabled": precision == "fp16",
+                "initial_scale_power": 16,
+                "loss_scale_window": 1000,
+                "hysteresis": 1,
+                "min_loss_scale": 1,
+            },
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "steps_per_print": 2**31,
