@@ -143,9 +143,8 @@ class _Job:
         """To the ranks rather than to torchrun, which would give them little time; also to ranks that come later."""
         assert self.process is not None
         if not self._passed_to:
-            self.note(
-                f"{signal.Signals(signum).name}: the run is told to stop, nothing is saved to resume from yet; again: at once"
-            )
+            name = signal.Signals(signum).name
+            self.note(f"{name}: the run is told to stop, with nothing saved to resume from; again: at once")
         signum = signal.SIGTERM if signum == signal.SIGHUP else signum
         ranks = {rank.pid for rank in workers(self.process.pid).values()} or {self.process.pid}
         for pid in ranks - self._passed_to:
