@@ -64,7 +64,7 @@ def test_without_the_package_line(tmp_path: Path) -> None:
     ("model/empty.yaml", "", "model=empty", "model._target_=None: not the name of a spec"),
     ("experiment/bad.yaml", "# @package _global_\ndefaults:\n  - override /model: nope\n", "experiment=bad", "model/nope"),
     ("experiment/bad.yaml", "# @package _global_\ntrain: {stepz: 3}\n", "experiment=bad", "train.stepz: unknown key; did you mean `steps`?"),
-    ("experiment/bad.yaml", "# @package _global_\ntrain: {epochs: 3}\n", "experiment=bad", "train.steps=100 and train.epochs=3: one number"),
+    ("experiment/bad.yaml", "# @package _global_\ntrain: {steps: 100, epochs: 3}\n", "experiment=bad", "train.steps=100 and train.epochs=3: one number"),
     ("experiment/bad.yaml", "# @package _global_\nplugins: [os]\n", "experiment=bad", "plugins=[os]: a file asks for these packages"),
 ])  # fmt: skip
 def test_refused(tmp_path: Path, name: str, text: str, typed: str, said: str) -> None:

@@ -179,7 +179,7 @@ def test_accepted(typed: str, holds) -> None:
 
 @pytest.mark.parametrize(("typed", "said"), [
     ("device=cuda", "device: cuda, but no GPU is visible here"),
-    ("batch.global_tokens=1000", "not a multiple of dataset.max_length=512; nearest: 512 or 1024"),
+    ("batch.global_tokens=1000 dataset.max_length=512", "not a multiple of dataset.max_length=512; nearest: 512 or 1024"),
     ("batch.global_tokens=512 dataset.packing=false", "only packed rows have a fixed number of tokens"),
     ("train.precision=fp16", "loss scaling needs CUDA"),
     ("dataset.max_length=5000", "the model was made for 4096 positions"),

@@ -38,7 +38,7 @@ def test_num_steps(typed: str, rows: int, steps: int) -> None:
 
 
 def test_nothing_is_left_open() -> None:
-    proposal = propose(["batch.global_tokens=8192", "train.epochs=1"], None)
+    proposal = propose(["batch.global_tokens=8192", "dataset.max_length=512", "train.epochs=1"], None)
     settled = settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 100)
     assert "auto" not in (settled.device, settled.train.precision, settled.batch.micro_batch, settled.export.dtype)
     assert (settled.batch.global_batch, settled.batch.global_tokens) == (16, None)
