@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TextIO, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
@@ -64,6 +64,10 @@ class AbstractSpec(ABC):  # noqa: B024 - what is abstract differs by group
 
 class ModelSpec(AbstractSpec):
     group = "model"
+
+    @abstractmethod
+    def trained(self) -> bool:
+        """Whether its weights come trained; `optim.lr=auto` is then a rate for fine-tuning."""
 
     @abstractmethod
     def figures(self) -> Figures:
@@ -126,12 +130,16 @@ class TuningSpec(AbstractSpec):
 
 class OptimSpec(AbstractSpec):
     group = "optim"
-    lr: float
+    fresh_lr: ClassVar[float]
+    """What `lr=auto` is for fresh weights."""
+    tuning_lr: ClassVar[float]
+    """What `lr=auto` is for weights that come trained."""
+    lr: float | Literal["auto"]
     state_bytes: ClassVar[int]
     """Optimizer state per trainable parameter."""
 
     @abstractmethod
-    def build(self, named: Iterable[tuple[str, nn.Parameter]], *, fused: bool) -> torch.optim.Optimizer:
+    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimizer over these parameters, in groups with and without decay."""
 
 

@@ -74,6 +74,7 @@ def build(
     assert config.train.steps is not None
     assert config.batch.global_batch is not None
     assert config.batch.micro_batch != "auto"
+    assert config.optim.lr != "auto"
     torch.manual_seed(config.run.seed)
     bundle = config.tuning.apply(config.model.build(assets, seed=config.run.seed))
     if config.train.activation_checkpointing:

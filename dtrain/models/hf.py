@@ -38,6 +38,9 @@ class HF(ModelSpec):
                     "model.path=Qwen/Qwen2.5-7B"]  # fmt: skip
         return []
 
+    def trained(self) -> bool:
+        return not self.from_scratch
+
     def figures(self) -> Figures:
         from dtrain.models._hub import is_repository, local_config, missing
 

@@ -52,6 +52,9 @@ class Tiny(ModelSpec):
             found.append(f"model.vocab={self.vocab} is too small: 256 bytes and 4 special tokens need 260")
         return found
 
+    def trained(self) -> bool:
+        return False
+
     def figures(self) -> Figures:
         return Figures.from_hf(self._config())
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,23 +18,27 @@ class AdamW(OptimSpec):
 
     state_bytes: ClassVar[int] = 8
 
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate; the schedule multiplies it."""
+    fresh_lr: ClassVar[float] = 1e-3
+    tuning_lr: ClassVar[float] = 2e-5
+
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Peak learning rate; the schedule multiplies it. `auto` is 1e-3 for fresh weights, 2e-5 for trained ones."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """For tensors of two and more dimensions; biases and norms never decay."""
 
-    def build(self, named: Iterable[tuple[str, nn.Parameter]], *, fused: bool) -> torch.optim.Optimizer:
+    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         import torch
 
+        assert self.lr != "auto", "the plan settles it"
         trained = [param for _, param in named if param.requires_grad]
         groups = [
             {"params": [p for p in trained if _ndim(p) >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if _ndim(p) < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 def _ndim(param: nn.Parameter) -> int:

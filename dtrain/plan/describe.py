@@ -48,7 +48,7 @@ def _settled(config: Config, plan: Plan) -> list[str]:
         f"strategy   {plan.strategy}, {plan.precision}{recomputed}",
         f"batch      {plan.batch.describe()}",
         f"length     {steps}, each of at most {plan.batch.global_batch * plan.length:,} tokens",
-        f"optimizer  {_name(config.optim)}, rate {config.optim.lr:g}, {schedule}; {clip}",
+        f"optimizer  {_name(config.optim)}, rate {plan.lr:g}, {schedule}; {clip}",
         f"eval       {_eval(config)}",
         f"output     export in {dtype}; trackers {', '.join(config.tracker) or 'none'}",
     ]

@@ -30,6 +30,7 @@ class Plan:
     """Name of the choice in `conf/strategy`."""
     figures: Figures
     batch: BatchPlan
+    lr: float
     length: int
     """Most tokens of one row."""
     memory: Mapping[str, Memory]
@@ -82,7 +83,7 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     chosen, micro = _choose(config, name, concrete, room, notes)
     memory = {key: room.memory(one, micro) for key, one in concrete.items()}
     return Plan(
-        topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size),
+        topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), _lr(config, notes),
         config.dataset.max_length, memory, capacity, tuple(notes),
     )  # fmt: skip
 
@@ -192,6 +193,15 @@ def _precision(config: Config, device: Device, notes: list[str]) -> Literal["fp3
     settled: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
     notes.append(f"train.precision=auto takes {settled} on {device}")
     return settled
+
+
+def _lr(config: Config, notes: list[str]) -> float:
+    if config.optim.lr != "auto":
+        return config.optim.lr
+    trained = config.model.trained()
+    lr = config.optim.tuning_lr if trained else config.optim.fresh_lr
+    notes.append(f"optim.lr=auto takes {lr:g}: the weights {'come trained' if trained else 'are fresh'}")
+    return lr
 
 
 def _global_batch(config: Config) -> int:

@@ -25,6 +25,7 @@ def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], o
         objective=objective,
         strategy=strategy,
         device=plan.device,
+        optim=dataclasses.replace(config.optim, lr=plan.lr),  # type: ignore[type-var]
         train=dataclasses.replace(config.train, precision=plan.precision, epochs=None,
                                   steps=num_steps(config, global_batch, num_rows)),
         batch=dataclasses.replace(config.batch, global_batch=global_batch, global_tokens=None,

@@ -28,7 +28,7 @@ class _DDP(AbstractStrategy):
     def wrap(self, bundle: ModelBundle) -> None:
         materialise(bundle.module, self._device, torch.float32)
         self._named = dict(bundle.module.named_parameters())
-        self._optimizer = self._optim.spec.build(self._named.items(), fused=self._device.type == "cuda")
+        self._optimizer = self._optim.spec.build(self._named.items())
         fill(self.shards(), bundle.weights)
         self.module = bundle.module
         if self._world.size > 1:

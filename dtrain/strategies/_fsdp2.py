@@ -59,7 +59,7 @@ class _FSDP2(AbstractStrategy):
             assert isinstance(param, DTensor), name
             self._named[name] = param
             self._pieces[name] = nn.Parameter(param.to_local().detach(), param.requires_grad)
-        self._optimizer = self._optim.spec.build(self._pieces.items(), fused=self._device.type == "cuda")
+        self._optimizer = self._optim.spec.build(self._pieces.items())
         fill(self.shards(), bundle.weights)
 
     def micro(self, *, sync: bool) -> AbstractContextManager[None]:

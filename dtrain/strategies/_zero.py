@@ -46,7 +46,7 @@ class _ZeRO(AbstractStrategy):
             self._partition(module, bundle.weights, config, dtype)
         else:
             materialise(module, self._device, dtype)
-        optimizer = self._optim.spec.build(module.named_parameters(), fused=self._fused)
+        optimizer = self._optim.spec.build(module.named_parameters())
         engine, zero, *_ = self._deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -55,10 +55,6 @@ class _ZeRO(AbstractStrategy):
         if not self._on_nvme:
             fill(self.shards(), bundle.weights)
             self.refresh()
-
-    @property
-    def _fused(self) -> bool:
-        return self._device.type == "cuda" and self._spec.offload_optimizer == "none"
 
     @property
     def _on_nvme(self) -> bool:

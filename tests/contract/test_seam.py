@@ -168,7 +168,7 @@ def _stale_gradient(strategy_name: str, *, by_us: bool) -> float:
     from dtrain.plan.world import World
     from dtrain.strategies.base import Optim
 
-    config = validate(compose([*_options(strategy_name), "optim.weight_decay=0", "optim.betas=[0,0]"]).values)
+    config = validate(compose([*_options(strategy_name), "optim.lr=0.1", "optim.weight_decay=0", "optim.betas=[0,0]"]).values)
     world = World.from_env("cpu")
     comm = TorchComm(world)
     with torch.device("meta"):
