@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, final
 import torch
 import torch.distributed as dist
 
+from dtrain.errors import DtrainError
+
 if TYPE_CHECKING:
     from dtrain.plan.world import World
 
@@ -37,10 +39,14 @@ class AbstractComm(ABC):
         """Wait for all. Collective."""
 
     def same(self, what: str, value: str) -> None:
-        """Assert that all ranks say the same. Collective."""
+        """Raise DtrainError unless all ranks say the same. Collective."""
         values = self.gather(value)
         differ = [f"rank {rank} has {one}" for rank, one in enumerate(values) if one != values[0]]
-        assert not differ, f"{what}: rank 0 has {values[0]}, but {', '.join(differ[:4])}"
+        if differ:
+            raise DtrainError(
+                f"{what}: rank 0 has {values[0]}, but {', '.join(differ[:4])}; the ranks read different "
+                f"files: is the run folder on a file system that all nodes share?"
+            )
 
 
 @final

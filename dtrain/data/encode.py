@@ -64,10 +64,11 @@ def encode_all(
         except BadRowError as error:
             bad.add(f"{example.source}: {error}")
             continue
+        share = _share(example, seed)
         for piece in pieces:
             if piece.targets.any():
                 rows.append(piece)
-                shares.append(_share(example, seed))
+                shares.append(share)
             else:
                 counts["left out: no token to learn"] += 1
         if time.monotonic() - told > _SAY_EVERY_S:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.checkpoint.export import write_export
 from dtrain.engine.engine import Course, Engine
+from dtrain.errors import DtrainError
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
 from dtrain.strategies.base import AbstractStrategy, Optim
@@ -49,7 +51,7 @@ class Built:
 
     def export(self, to: Path) -> None:
         """Write the full weights with config and tokenizer. Collective: rank 0 writes, one tensor at a time."""
-        tensors = self.strategy.full_state()
+        tensors = _in_step(self.strategy.full_state(), self.comm)
         if self.comm.rank != 0:
             for _ in tensors:
                 pass
@@ -83,7 +85,8 @@ def build(
     shapes = {name: tuple(param.shape) for name, param in bundle.module.named_parameters()}
     optim = Optim(config.optim, config.train.precision, config.train.grad_clip)
     frozen = [name for name, param in bundle.module.named_parameters() if not param.requires_grad]
-    assert not frozen, f"strategies load trained parameters only, and {frozen[0]} is frozen"
+    if frozen:
+        raise DtrainError(f"tuning: strategies load trained parameters only so far, and {frozen[0]} is frozen")
     strategy = config.strategy.build(world, comm, optim)
     strategy.wrap(bundle)
     course = Course(
@@ -96,11 +99,25 @@ def build(
         eval_every=config.eval.every_steps,
         eval_max_rows=config.eval.max_rows,
         flops_per_token=config.model.figures().flops_per_token(config.dataset.max_length),
-        peak_flops=peak_flops(torch.cuda.get_device_name(comm.device)) if comm.device.type == "cuda" else None,
+        peak_flops=_peak(comm.device, config.train.precision),
     )
     torch.manual_seed(config.run.seed + 1 + comm.rank)  # dropout differs between ranks
     engine = Engine(course, strategy, config.objective.build(), comm, rows)
     return Built(engine, strategy, bundle, config, comm, shapes)
+
+
+def _peak(device: torch.device, precision: str) -> float | None:
+    """The data sheets' peaks are of 16 bits."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device))
+
+
+def _in_step(tensors: Iterable[tuple[str, torch.Tensor]], comm: AbstractComm) -> Iterator[tuple[str, torch.Tensor]]:
+    """All ranks wait for each other at every tensor, so that no wait is longer than the writing of one. Collective."""
+    for one in tensors:
+        comm.barrier()
+        yield one
 
 
 def recompute(block: nn.Module) -> None:

@@ -29,18 +29,21 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     faulthandler.enable()
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, _stop)
-    progress = Progress()
+    progress, code = Progress(), 1
     try:
         _work(run, attempt, stream, progress, plugins)
         code = 0
     except BaseException as error:  # noqa: BLE001  the last thing that this process does is to say what it was
-        traceback.print_exc()
-        record_failure(run, attempt, rank, error, phase=progress.phase, step=progress.step)
-        code = 1
-    for out in (sys.stdout, sys.stderr, stream):
-        with contextlib.suppress(OSError):
-            out.flush()
-    os._exit(code)
+        # Each by itself: on a full disk the log takes nothing, and the failure file may still fit.
+        with contextlib.suppress(Exception):
+            record_failure(run, attempt, rank, error, phase=progress.phase, step=progress.step)
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
+    finally:
+        for out in (sys.stdout, sys.stderr, stream):
+            with contextlib.suppress(Exception):
+                out.flush()
+        os._exit(code)
 
 
 def _stop(signum: int, frame: object) -> None:
@@ -76,8 +79,11 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         trackers.note(f"exporting to {run.export}")
         built.export(run.export)
         comm.barrier()
-    except BaseException:
-        trackers.finish(outcome="failed")
+    except BaseException as error:
+        stopped = isinstance(error, SystemExit)
+        if not stopped:  # before the trackers finish, which may take a while; the first record stays
+            record_failure(run, attempt, comm.rank, error, phase=progress.phase, step=progress.step)
+        trackers.finish(outcome="stopped" if stopped else "failed")
         raise
     message = f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}"
     if result.eval_loss is not None:

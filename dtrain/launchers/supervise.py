@@ -22,6 +22,8 @@ from dtrain.runs.process import MARK
 POLL_S = 0.1
 OTHERS_S = 1.5
 """After a first failure, what the other ranks get to write their own end."""
+STOPPING_S = 20.0
+"""The same where the ranks were told to stop, or there are no others."""
 REPORT_S = 2.0
 """After that, what torchrun gets to say who was killed."""
 SAME_PRESS_S = 0.4
@@ -85,6 +87,16 @@ class _Job:
     def returncode(self) -> int | None:
         return None if self.process is None else self.process.returncode
 
+    @property
+    def _alone(self) -> bool:
+        """Started without torchrun: the process is the only rank, and its children are its own helpers."""
+        return "RANK" in self.command.env
+
+    @property
+    def _patience_s(self) -> float:
+        """A rank that stops, or has no others to wait for, may finish what it tells its trackers."""
+        return STOPPING_S if self._alone or self.told is not None else OTHERS_S
+
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Only takes note: the loop acts."""
         now = time.monotonic()
@@ -132,9 +144,9 @@ class _Job:
         if self._failed_at is None:
             failed = self.run.failures(self.attempt) or _torchrun.is_closing(self.run.launcher_log(self.attempt))
             self._failed_at = now if failed else None
-        elif now - self._failed_at > OTHERS_S + REPORT_S:
+        elif now - self._failed_at > self._patience_s + REPORT_S:
             self.process.kill()
-        elif now - self._failed_at > OTHERS_S:
+        elif now - self._failed_at > self._patience_s and not self._alone:
             for rank in workers(self.process.pid).values():
                 self.ended.add(rank.pid)
                 rank.kill()
@@ -146,7 +158,8 @@ class _Job:
             name = signal.Signals(signum).name
             self.note(f"{name}: the run is told to stop, with nothing saved to resume from; again: at once")
         signum = signal.SIGTERM if signum == signal.SIGHUP else signum
-        ranks = {rank.pid for rank in workers(self.process.pid).values()} or {self.process.pid}
+        ranks = set() if self._alone else {rank.pid for rank in workers(self.process.pid).values()}
+        ranks = ranks or {self.process.pid}
         for pid in ranks - self._passed_to:
             self._passed_to.add(pid)
             try:

@@ -94,7 +94,7 @@ def _convert(folder: Path, making: Path) -> None:
         raise ModelError(f"model.path: {folder} has no tokenizer ({', '.join(_VOCABULARIES)}); copy the one that the "
                          f"model was made with into the folder")  # fmt: skip
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.save_pretrained(making)
     except Exception as e:  # as many kinds as there are tokenizers
         raise ModelError(f"model.path: the tokenizer in {folder} cannot be read ({type(e).__name__}: {e}); it needs "

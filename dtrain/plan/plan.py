@@ -17,6 +17,8 @@ from dtrain.plan.memory import Memory, Need, Shape, estimate
 from dtrain.plan.world import Device, Topology
 
 UNKNOWN_GPU_BYTES = 80 * 2**30
+_WITHOUT_BF16 = ("V100", "T4", "P100", "RTX 20", "Quadro RTX")
+"""GPUs made before bf16."""
 MICRO_BATCH_CAP = {"cpu": 8, "cuda": 64}
 """Beyond this a larger forward is no faster; `auto` goes no higher."""
 
@@ -65,7 +67,7 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
                 *config.strategy.misfits(topology, device)]  # fmt: skip
     if problems:
         raise PlanError.of(problems)
-    precision = _precision(config, device, notes)
+    precision = _precision(config, device, machine, notes)
     global_batch = _global_batch(config)
     capacity, known = _capacity(config, device, machine, topology)
     if not known:
@@ -187,11 +189,14 @@ def _check_tokens(config: Config) -> list[str]:
     return []
 
 
-def _precision(config: Config, device: Device, notes: list[str]) -> Literal["fp32", "bf16", "fp16"]:
+def _precision(config: Config, device: Device, machine: Machine,
+               notes: list[str]) -> Literal["fp32", "bf16", "fp16"]:  # fmt: skip
     if config.train.precision != "auto":
         return config.train.precision
-    settled: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
-    notes.append(f"train.precision=auto takes {settled} on {device}")
+    settled: Literal["fp32", "bf16", "fp16"] = "bf16" if device == "cuda" else "fp32"
+    if device == "cuda" and any(name in machine.gpu_name for name in _WITHOUT_BF16):
+        settled = "fp16"
+    notes.append(f"train.precision=auto takes {settled} on {machine.gpu_name if settled == 'fp16' else device}")
     return settled
 
 

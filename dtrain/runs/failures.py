@@ -40,7 +40,7 @@ class Failure:
     host: str
     local_rank: int
     phase: str
-    """What the rank was doing: start, data, build, train, eval, save, export."""
+    """What the rank was doing: start, join, load, train, eval, export."""
     step: int | None
     kind: str
     """user, worker, hang, nonfinite or storage."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -109,7 +110,8 @@ class RunDir:
         try:
             append_json(self.events, line)
         except OSError as error:
-            sys.stderr.write(f"{self.events}: {error.strerror}; event lost: {kind}\n")
+            with contextlib.suppress(OSError):  # stderr may be a log on the same disk
+                sys.stderr.write(f"{self.events}: {error.strerror}; event lost: {kind}\n")
 
     def failures(self, attempt: int) -> list[Failure]:
         return read_failures(self, attempt)

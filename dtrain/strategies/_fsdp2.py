@@ -63,7 +63,9 @@ class _FSDP2(AbstractStrategy):
         fill(self.shards(), bundle.weights)
 
     def micro(self, *, sync: bool) -> AbstractContextManager[None]:
-        self._root.set_requires_gradient_sync(sync)
+        # Gradients are divided after every micro-batch: whole ones would be the memory that sharding is to save. What
+        # waits for the last one is the sum over the replicas.
+        self._root.set_requires_all_reduce(sync)
         self._root.set_is_last_backward(sync)
         return nullcontext()
 

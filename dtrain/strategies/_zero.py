@@ -15,7 +15,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -37,7 +36,7 @@ _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 class _ZeRO(AbstractStrategy):
     def __init__(self, spec: ZeRO, world: World, device: torch.device, optim: Optim) -> None:
         self._spec, self._world, self._device, self._optim = spec, world, device, optim
-        self._deepspeed = _import_deepspeed(world)
+        self._deepspeed = _import_deepspeed(world, on_nvme=self._on_nvme)
 
     def wrap(self, bundle: ModelBundle) -> None:
         module, config = bundle.module, self._config()
@@ -196,7 +195,7 @@ class _ZeRO(AbstractStrategy):
             "zero_allow_untested_optimizer": True,  # the plan refuses what cannot run on pieces
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": precision == "bf16"},
-            "fp16": {  # the rule of `LossScale`, which the other strategies follow
+            "fp16": {  # as `LossScale`, which the other strategies follow
                 "enabled": precision == "fp16",
                 "initial_scale_power": 16,
                 "loss_scale_window": 1000,
@@ -213,13 +212,13 @@ def _shaped(state: object, like: torch.Tensor) -> bool:
     return isinstance(state, torch.Tensor) and state.shape == like.shape
 
 
-def _import_deepspeed(world: World) -> Any:
+def _import_deepspeed(world: World, *, on_nvme: bool) -> Any:
     """deepspeed, told which device there is and kept from compiling anything at start."""
     if world.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # Ops that are asked for by name (NVMe's) are built in a folder of this run: the shared one can hold a stale lock.
-    folder = Path(tempfile.gettempdir()) / f"dtrain-torch-extensions-{os.getppid()}"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    if on_nvme and "TORCH_EXTENSIONS_DIR" not in os.environ:
+        # NVMe's op is compiled, and in the shared folder a killed builder's lock makes every later run wait for ever.
+        os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="dtrain-torch-extensions-")
     import deepspeed
     from deepspeed.utils import logger
 

@@ -24,8 +24,7 @@ class DDP(StrategySpec):
     def states(self, need: Need) -> StateBytes:
         f = need.figures
         frozen, trained = f.num_params - need.num_trainable, need.num_trainable
-        gathered = 0.0 if need.precision == "fp32" else 2.0 * (f.num_params - f.layers * f.num_block_params
-                                                                + 2 * f.num_block_params)  # fmt: skip
+        gathered = 0.0 if need.precision == "fp32" else 2.0 * f.num_params
         return StateBytes(4.0 * (frozen + trained), 4.0 * trained, float(need.state_bytes * trained), gathered)
 
     def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:

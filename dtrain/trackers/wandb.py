@@ -85,10 +85,12 @@ def unreachable(base_url: str) -> str | None:
     return None
 
 
-def run_id(run_dir: Path) -> str:
-    """The id of this run at W&B, which a resumed run takes up again; made once and kept in the run folder."""
+def run_id(run_dir: Path, first_step: int) -> str:
+    """The id of this run at W&B, kept in the run folder. A resumed run takes it up again; one that starts over gets its
+    own, since W&B drops steps that it has seen.
+    """
     path = run_dir / "wandb" / "id"
-    if path.exists():
+    if first_step and path.exists():
         return path.read_text(encoding="utf-8").strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     made = secrets.token_hex(4)
@@ -105,6 +107,7 @@ class _Wandb(AbstractTracker):
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
 
     def start(self, *, steps: int, first_step: int, lines: list[str]) -> None:
+        self._first_step = first_step
         if self._spec.mode != "disabled":
             self._thread.start()
 
@@ -195,7 +198,7 @@ class _Wandb(AbstractTracker):
             group=self._spec.run_group,
             tags=self._spec.tags,
             name=self._run_dir.name,
-            id=run_id(self._run_dir),
+            id=run_id(self._run_dir, self._first_step),
             resume="allow",
             dir=str(self._run_dir),
             config=dict(self._config),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dtrain.data.loader import Loader
 from dtrain.models.base import AbstractWeights, ModelBundle
 from tests.contract.small import Recipe, make_built, overrides
 from tests.contract.test_equivalence import STRATEGIES
@@ -143,6 +144,28 @@ def test_what_is_not_finite_stops_every_rank_before_the_update(
         assert ("rank 0: rows" in message) == (what == "gradient")
 
 
+def _held_gradients(small: Path, typed: list[str]) -> tuple[int, int]:
+    """Elements of gradients that stay on this rank after a micro-batch that is not the last, and of its parameters."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, _get_module_fsdp_state
+
+    built = make_built(small, typed)
+    strategy, course = built.strategy, built.engine._course
+    batch = Loader(built.engine._train_rows, course.batch, rank=built.comm.rank, seed=0, pad_id=0).window(0)[0]
+    with strategy.micro(sync=False):
+        strategy.backward(built.engine._objective(strategy.module, batch).total)
+    states = [_get_module_fsdp_state(module) for module in strategy.module.modules()]
+    params = [p for one in states if isinstance(one, FSDPState) and one._fsdp_param_group is not None
+              for p in one._fsdp_param_group.fsdp_params]  # fmt: skip
+    whole = sum(p.unsharded_accumulated_grad.numel() for p in params if p.unsharded_accumulated_grad is not None)
+    divided = sum(p.grad.to_local().numel() for p in strategy.module.parameters() if p.grad is not None)
+    return whole + divided, sum(p.to_local().numel() for p in strategy.module.parameters())
+
+
+def test_sharded_gradients_stay_sharded_between_micro_batches(small: Path) -> None:
+    for held, owned in run_ranks(_held_gradients, small, _typed(small, "fsdp2"), size=4):
+        assert held == owned
+
+
 class _Branches(torch.nn.Module):
     """A second branch that some steps do not take."""
 
@@ -168,7 +191,9 @@ def _stale_gradient(strategy_name: str, *, by_us: bool) -> float:
     from dtrain.plan.world import World
     from dtrain.strategies.base import Optim
 
-    config = validate(compose([*_options(strategy_name), "optim.lr=0.1", "optim.weight_decay=0", "optim.betas=[0,0]"]).values)
+    config = validate(
+        compose([*_options(strategy_name), "optim.lr=0.1", "optim.weight_decay=0", "optim.betas=[0,0]"]).values
+    )
     world = World.from_env("cpu")
     comm = TorchComm(world)
     with torch.device("meta"):

@@ -101,7 +101,7 @@ def test_a_file_runs_nothing(tmp_path: Path, text: str, monkeypatch) -> None:
 
 def test_a_plugin_that_was_typed(tmp_path: Path, monkeypatch) -> None:
     source = ("from dtrain.config.spec import spec\nfrom dtrain.models.tiny import Tiny\nfrom dtrain.config.spec import ModelSpec\n"
-              "from typing import Any\n@spec\nclass Mine(ModelSpec):\n    size: int = 3\n"
+              "from typing import Any\n@spec\nclass Mine(ModelSpec):\n    size: int = 3\n    def trained(self): return False\n"
               "    def figures(self): raise NotImplementedError\n    def assets(self, texts, cache): ...\n"
               "    def build(self, assets, *, seed): ...\n")  # fmt: skip
     _write(tmp_path, "dtrain_typed_plugin/__init__.py", "")

@@ -160,7 +160,7 @@ ACCEPTED = [
     ("+experiment=smoke train.steps=3", lambda c: (c.train.steps, c.model.hidden) == (3, 64)),
     ("+experiment=smoke train.epochs=1", lambda c: c.train.steps is None),
     ("run.name=7", lambda c: c.run.name == "7"),
-    ("run.name=${optim.lr}", lambda c: c.run.name == "0.001"),
+    ("run.name=${schedule.min_factor}", lambda c: c.run.name == "0.1"),
     ("run.dir=/data/Müller/文", lambda c: c.run.dir == "/data/Müller/文"),
     ("run.dir=a#b;c!&<d>", lambda c: c.run.dir == "a#b;c!&<d>"),
     ("run.dir=a=b", lambda c: c.run.dir == "a=b"),

@@ -53,6 +53,9 @@ def write_tokenizer(folder: Path, template: str | None = CHATML, *, trim_offsets
 class FakeModel(ModelSpec):
     template: str | None = CHATML
 
+    def trained(self) -> bool:
+        return False
+
     def figures(self):
         raise NotImplementedError
 

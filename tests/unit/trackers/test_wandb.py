@@ -16,7 +16,7 @@ from tests.unit.trackers.reports import eval_report, step_report
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 CODE = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from dtrain.trackers.fan_out import FanOut
 from dtrain.trackers.jsonl import Jsonl
@@ -28,7 +28,7 @@ run_dir = Path(sys.argv[1])
 config = {"model": {"hub_token": "hunter2hunter2", "name": "tiny"}}
 trackers = FanOut([spec.build(run_dir, config, sys.stdout) for spec in (Console(), Wandb(mode=sys.argv[2]))])
 slowest = 0
-for tell in [lambda: trackers.start(steps=3, first_step=0, lines=[])] + [
+for tell in [lambda: trackers.start(steps=3, first_step=int(os.environ.get("FIRST_STEP", "0")), lines=[])] + [
     lambda step=step: trackers.step(step_report(step, extras={"aux": 1.0})) for step in (1, 2, 3)
 ] + [lambda: trackers.eval(eval_report(3))]:
     began = time.monotonic()
@@ -52,8 +52,8 @@ def track(run_dir: Path, mode: str = "auto", **env: str) -> subprocess.Completed
 
 def test_without_a_key_it_writes_to_disk_says_nothing_and_no_secret(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for _ in range(2):  # the second is the resumed one
-        done = track(run_dir)
+    for first_step in (0, 2):  # the second is the resumed one
+        done = track(run_dir, FIRST_STEP=str(first_step))
         assert (done.returncode, done.stderr) == (0, "")
         assert "wandb" not in done.stdout
     identity = (run_dir / "wandb" / "id").read_text().strip()
@@ -116,8 +116,10 @@ def test_logged_in(tmp_path: Path) -> None:
 
 
 def test_the_id_is_made_once(tmp_path: Path) -> None:
-    assert run_id(tmp_path) == run_id(tmp_path)
-    assert run_id(tmp_path) != run_id(tmp_path / "other")
+    first = run_id(tmp_path, 0)
+    assert run_id(tmp_path, 5) == first, "a resumed run goes on"
+    assert run_id(tmp_path, 0) != first, "one that starts over is another"
+    assert run_id(tmp_path / "other", 5) != first
 
 
 def test_values() -> None:
