@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from dtrain.data.loader import Loader
 from dtrain.models.base import AbstractWeights, ModelBundle
-from tests.contract.small import Recipe, make_built, overrides
+from tests.contract.small import Recipe, make_built, overrides, train
 from tests.contract.test_equivalence import STRATEGIES
 from tests.contract.test_variants import DIVIDED
 from tests.processes import run_ranks
@@ -224,6 +225,22 @@ def test_no_gradient_of_an_earlier_step_comes_back(strategy: str) -> None:
 def test_deepspeed_still_needs_its_gradients_cleared() -> None:
     # The day this fails, DeepSpeed has mended it, and strategies/_zero.py need not clear the buffer any more.
     assert min(run_ranks(functools.partial(_stale_gradient, by_us=False), "zero3", size=2)) > 0.01
+
+
+def _train_with_extensions_in(folder: str, small: Path, typed: list[str]) -> list[str]:
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    train(small, typed)
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name.startswith("zero")])
+def test_no_op_is_compiled_and_a_stale_lock_holds_nobody_up(small: Path, strategy: str, tmp_path: Path) -> None:
+    # A builder that was killed leaves such a lock, and whoever wants the op afterwards waits for it for ever.
+    op = tmp_path / "deepspeed_shm_comm"
+    op.mkdir()
+    (op / "lock").touch()
+    for files in run_ranks(_train_with_extensions_in, str(tmp_path), small, _typed(small, strategy), size=2):
+        assert files == ["deepspeed_shm_comm", "deepspeed_shm_comm/lock"]
 
 
 def _model(small: Path) -> Any:
