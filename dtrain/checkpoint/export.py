@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from dtrain.checkpoint.safetensors import DTYPES, Writer, plan_shards
 from dtrain.errors import ExportError
+from dtrain.folders import discard, whole_folder
 
 _KEPT = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 """What an export copies of the model's folder besides weights."""
@@ -31,21 +31,13 @@ def write_export(
 
     Memory is bounded by the largest tensor. An export that is there is replaced.
     """
-    partial = to.with_name(f".tmp-{to.name}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(to) as partial:
         _copy_assets(assets, partial, dtype)
         _write_tensors(
             tensors, {name_of(name): shape for name, shape in shapes.items()}, partial, dtype, max_shard_bytes, name_of
         )
-        old = to.with_name(f".old-{to.name}-{os.getpid()}")
         if to.exists():
-            to.rename(old)
-        partial.rename(to)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            discard(to)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Iterable[tuple[str, torch.Tensor]]]:

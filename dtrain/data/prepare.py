@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.config.spec import DatasetSpec, ModelSpec, ObjectiveSpec
-from dtrain.data.cachedir import discard, remove_leftovers, whole_folder
 from dtrain.data.tokenizer import TextTokenizer, tokenizer_digest
 from dtrain.datasets.base import SHAPES, Chat, Example, OnLong, Skipped
 from dtrain.errors import DataError
+from dtrain.folders import discard, remove_leftovers, whole_folder
 
 if TYPE_CHECKING:
     import numpy as np

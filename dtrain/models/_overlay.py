@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import ModelError
+from dtrain.folders import whole_folder
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SPARE = re.compile(r"pad|reserved|unused|control_|extra_id", re.IGNORECASE)
@@ -30,22 +29,13 @@ def with_tokenizer(folder: Path, pad_token: str | None, cache: Path) -> Path:
     target = cache / f"hf-{_digest(folder, pad_token)}"
     if target.is_dir():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=".tmp-hf-", dir=cache))
-    try:
+    with whole_folder(target) as making:
         if converts:
             _convert(folder, making)
         _set_pad(folder, making, pad_token)
         for path in sorted(folder.iterdir()):
             if not (making / path.name).exists() and path.is_file():
                 (making / path.name).symlink_to(path.resolve())
-        making.chmod(0o755)
-        making.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another start has made the same overlay in the meantime
-            raise
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
     return target
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.config.spec import ModelSpec, spec
+from dtrain.folders import whole_folder
 from dtrain.plan.figures import Figures
 
 if TYPE_CHECKING:
@@ -65,19 +64,10 @@ class Tiny(ModelSpec):
         folder = cache / f"tiny-{self._digest(sample)}"
         if folder.is_dir():
             return folder
-        cache.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=".tmp-tiny-", dir=cache))
-        try:
+        with whole_folder(folder) as making:
             train_tokenizer(sample, self.vocab, making, self.max_positions)
             _write(making / "config.json", self._config())
             _write(making / "generation_config.json", {"eos_token_id": [0, 2], "pad_token_id": 3, "do_sample": False})
-            making.chmod(0o755)
-            making.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another start has made the same folder in the meantime
-                raise
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
         return folder
 
     def build(self, assets: Path, *, seed: int) -> ModelBundle:
