@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ from dtrain.errors import DtrainError
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World
+
+
+LONG = datetime.timedelta(days=1)
+"""For writing to a disk that may be slow: a rank that is gone ends the run by other ways."""
 
 
 class AbstractComm(ABC):
@@ -33,6 +38,12 @@ class AbstractComm(ABC):
     @abstractmethod
     def gather(self, value: str) -> list[str]:
         """What every rank says, in order of rank. Collective."""
+
+    @abstractmethod
+    def sibling(self) -> AbstractComm:
+        """The same ranks over a group of their own, for a thread whose waits are long: its collectives and ours do not
+        meet. Collective.
+        """
 
     @abstractmethod
     def barrier(self) -> None:
@@ -68,10 +79,16 @@ class TorchComm(AbstractComm):
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=self.device if cuda else None,
             )
+        self._group: dist.ProcessGroup | None = None
+
+    def sibling(self) -> TorchComm:
+        made = copy.copy(self)
+        made._group = dist.new_group(backend="gloo", timeout=LONG)
+        return made
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=op)
+        dist.all_reduce(tensor, op=op, group=self._group)
         return tensor.tolist()
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -86,7 +103,7 @@ class TorchComm(AbstractComm):
         mine = torch.zeros(length + 8, dtype=torch.uint8)
         mine[: 8 + len(raw)] = torch.tensor(list(len(raw).to_bytes(8, "big") + raw), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        dist.all_gather(parts, mine, group=self._group)
         texts = [bytes(part.tolist()) for part in parts]
         return [text[8 : 8 + int.from_bytes(text[:8], "big")].decode() for text in texts]
 

@@ -51,6 +51,16 @@ class ExportError(UserError):
     """An export that is not there or does not match."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that is not there, not whole, or of another run."""
+
+
+class StorageError(DtrainError):
+    """A checkpoint could not be written."""
+
+    kind = "storage"
+
+
 class NonFiniteError(DtrainError):
     """A loss or gradient that is not a number, found before the update."""
 

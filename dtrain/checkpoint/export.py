@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -12,9 +11,7 @@ import torch
 from dtrain.checkpoint.safetensors import DTYPES, Writer, plan_shards
 from dtrain.errors import ExportError
 from dtrain.folders import discard, whole_folder
-
-_KEPT = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-"""What an export copies of the model's folder besides weights."""
+from dtrain.models.assets import copy_assets
 
 
 def write_export(
@@ -103,9 +100,7 @@ def _write_tensors(
 
 
 def _copy_assets(assets: Path, folder: Path, dtype: str) -> None:
-    for file in sorted(assets.iterdir()):
-        if file.is_file() and file.suffix in _KEPT and not file.name.endswith(".safetensors.index.json"):
-            shutil.copyfile(file, folder / file.name)
+    copy_assets(assets, folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(DTYPES[dtype][0]).removeprefix("torch.")

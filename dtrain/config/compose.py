@@ -23,6 +23,8 @@ _STRUCTURE = re.compile(r"[\[\]{}()'\"$,\\]")
 
 _EITHER = (("train.steps", "train.epochs"), ("batch.global_batch", "batch.global_tokens"))
 """Two keys for one number: to type one takes back the other's default."""
+_SHORT = {"resume": "resume.path"}
+"""What may be typed for a key that stands in a section."""
 
 
 def conf_dir() -> Path:
@@ -230,7 +232,7 @@ def _prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
         elif mark == "~":
             prepared.append(text)
         else:
-            prepared.append(f"++{key}={_quoted(value)}")
+            prepared.append(f"++{_SHORT.get(key, key)}={_quoted(value)}")
     typed = {key.lstrip("+") for key, _, value in (text.partition("=") for text in prepared) if value != "null"}
     for pair in _EITHER:
         given = [key for key in pair if key in typed]

@@ -68,11 +68,12 @@ def schema_lines(config: Config) -> list[str]:
 def _keys(path: str, value: Any) -> dict[str, Key]:
     cls = type(value)
     docs = _docs(cls)
+    typed = {field: key for key, field in getattr(cls, "spelled", {}).items()}
+    names = [(f"{path}.{typed.get(field.name, field.name)}", field) for field in dataclasses.fields(value)]
     return {
-        f"{path}.{field.name}": Key(f"{path}.{field.name}", _type(cls, field.name), _default(field),
-                                    getattr(value, field.name), docs.get(field.name, ""))
-        for field in dataclasses.fields(value)
-    }  # fmt: skip
+        name: Key(name, _type(cls, field.name), _default(field), getattr(value, field.name), docs.get(field.name, ""))
+        for name, field in names
+    }
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

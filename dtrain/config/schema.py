@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +27,21 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._=,+@ -]{0,198}[A-Za-z0-9._=,+@-])?"
 Positive = Annotated[int, Field(ge=1)]
 
 
+def seconds(text: str) -> float | None:
+    """Of a time as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours; None if it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+(?:\.\d+)?)(?::(\d\d?))?(?::(\d\d?))?", text.strip())
+    if match is None:
+        return None
+    days, first, second, third = (float(part) if part else None for part in match.groups())
+    if days is not None:  # days-hours, days-hours:minutes, days-hours:minutes:seconds
+        total = days * 86400 + (first or 0) * 3600 + (second or 0) * 60 + (third or 0)
+    elif third is not None:
+        total = (first or 0) * 3600 + (second or 0) * 60 + third
+    else:
+        total = (first or 0) * 60 + (second or 0)
+    return total or None
+
+
 @spec
 class Run:
     name: str = "demo"
@@ -34,6 +50,9 @@ class Run:
     """Where run folders are; relative to where you type the command. All nodes must see it."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of fresh weights, sample order and dropout."""
+    time_limit: str | None = None
+    """How long the run may take, as hours:minutes:seconds or minutes: it saves and stops before (exit code 75), and the
+    same command goes on. Counted from the start of each attempt."""
     cache: str | None = None
     """Where prepared data and tokenizers are kept; `run.dir/.cache` when not given."""
 
@@ -100,13 +119,43 @@ class Eval:
 @spec
 class Checkpoint:
     every_steps: Annotated[int, Field(ge=0)] = 0
-    """Reserved for resumable checkpoints; 0 is none. The final weights are always exported."""
+    """Save each so many steps; 0 is not by steps."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
+    """Save each so many minutes; null is not by time."""
+    at_end: bool = True
+    """Save after the last step too, so that the run can be gone on with."""
+    asynchronous: bool = True
+    """Training waits only for the copy to host memory, and goes on while that is written."""
+    keep_last: Positive = 2
+    """The newest so many checkpoints stay; older ones are removed once a newer one is complete."""
+    keep_every: Positive | None = None
+    """Checkpoints of each so many steps stay for good."""
+    best_by: str | None = None
+    """The checkpoint with the best of this metric stays: loss, eval_loss, or one of the objective's."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether less or more of `best_by` is better."""
+    on_error: Literal["stop", "warn"] = "stop"
+    """What a save that fails does: end the run, or say so and go on; the checkpoints before it stay in each case."""
+
+    spelled: ClassVar[Mapping[str, str]] = {"async": "asynchronous"}
+    """Keys that Python cannot have as names, and the fields they mean."""
 
     def problems(self) -> list[str]:
-        if self.every_steps:
-            return [f"checkpoint.every_steps={self.every_steps}: this version writes no resumable checkpoints yet, "
-                    f"only the final export; set it to 0"]  # fmt: skip
+        if self.best_by == "":
+            return ["checkpoint.best_by: empty; name a metric, such as eval_loss, or null"]
         return []
+
+
+@spec
+class Resume:
+    path: str | None = None
+    """A checkpoint, or a run's folder, to start this run from; `resume=PATH` for short. Once the run has checkpoints of
+    its own, it goes on from those."""
+    allow: tuple[str, ...] = ()
+    """Differences from the checkpoint to accept: keys as `optim.lr` or whole groups as `optim`, `data`, `model`."""
+
+    def problems(self) -> list[str]:
+        return ["resume.path: empty; name a checkpoint or a run's folder, or null"] if self.path == "" else []
 
 
 @spec
@@ -135,6 +184,7 @@ class Config:
     batch: Batch
     eval: Eval
     checkpoint: Checkpoint
+    resume: Resume
     export: Export
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the ranks compute; `auto` is CUDA where a GPU is visible."""

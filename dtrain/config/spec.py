@@ -137,6 +137,8 @@ class OptimSpec(AbstractSpec):
     lr: float | Literal["auto"]
     state_bytes: ClassVar[int]
     """Optimizer state per trainable parameter."""
+    state_names: ClassVar[tuple[str, ...]]
+    """The tensors of that state, by the optimizer's own names; besides them only a count of its steps may be kept."""
 
     @abstractmethod
     def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

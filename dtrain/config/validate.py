@@ -13,12 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from dtrain.config.compose import clip, nearest
-from dtrain.config.schema import Batch, Checkpoint, Config, Eval, Export, Run, Train
+from dtrain.config.schema import Batch, Checkpoint, Config, Eval, Export, Resume, Run, Train
 from dtrain.config.spec import GROUPS, AbstractSpec
 from dtrain.errors import ConfigError
 
 SECTIONS: dict[str, type] = {
-    "run": Run, "train": Train, "batch": Batch, "eval": Eval, "checkpoint": Checkpoint, "export": Export,
+    "run": Run, "train": Train, "batch": Batch, "eval": Eval, "checkpoint": Checkpoint, "resume": Resume,
+    "export": Export,
 }  # fmt: skip
 _LARGEST = 2**63 - 1
 _SCALARS = ("device", "device_memory_gb", "plugins")
@@ -138,7 +139,10 @@ def _section(path: str, cls: type, entry: object, problems: list[str]) -> Any:
     if not isinstance(entry, Mapping):
         problems.append(f"{path}={clip(entry)}: a section, not a value; its keys: {', '.join(_fields(cls))}")
         return None
-    values = {str(key): value for key, value in entry.items()}
+    spelled = getattr(cls, "spelled", {})
+    both = [key for key, field in spelled.items() if key in entry and field in entry]
+    problems += [f"{path}.{key}: also given as {path}.{spelled[key]}; leave one of them out" for key in both]
+    values = {spelled.get(str(key), str(key)): value for key, value in entry.items()}
     try:
         made = cls(**values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The micro-batches of one rank, by arithmetic: there is no state to save but the step."""
+"""The micro-batches of one rank, by arithmetic: there is no state to save but the number of samples consumed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import final
 
 from dtrain.data.batch import Batch
 from dtrain.data.collate import collate
-from dtrain.data.order import global_batch_ids
+from dtrain.data.order import samples_at
 from dtrain.data.store import RowStore
 from dtrain.plan.batch import BatchPlan
 
 
 @final
 class Loader:
-    """Training batches. Any step can be asked for, in any order, and gives the same batches each time."""
+    """Training batches. Any place can be asked for, in any order, and gives the same batches each time."""
 
     def __init__(self, store: RowStore, batch: BatchPlan, *, rank: int, seed: int, pad_id: int) -> None:
         assert len(store) > 0, store.path
@@ -25,14 +25,16 @@ class Loader:
         self._seed = seed
         self._pad_id = pad_id
 
-    def window(self, step: int) -> list[Batch]:
-        """The micro-batches of this rank in optimizer step `step`, from 0: as many as on every other rank."""
-        ids = global_batch_ids(self._seed, step, self._batch.global_batch, len(self._store)).tolist()
+    def window(self, samples: int) -> list[Batch]:
+        """The micro-batches of this rank in the optimizer step that comes after so many samples: as many as on every
+        other rank.
+        """
+        ids = samples_at(self._seed, samples, self._batch.global_batch, len(self._store)).tolist()
         return _window(self._store, self._batch, ids, rank=self._rank, pad_id=self._pad_id)
 
-    def epoch(self, step: int) -> float:
-        """Passes over the rows that are done when optimizer step `step` begins."""
-        return step * self._batch.global_batch / len(self._store)
+    def epoch(self, samples: int) -> float:
+        """Passes over the rows that so many samples are."""
+        return samples / len(self._store)
 
 
 def eval_windows(

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dtrain.checkpoint.export import write_export
+from dtrain.checkpoint.manifest import Manifest, Parameter
+from dtrain.checkpoint.storage import WEIGHT, file_name
+from dtrain.config import frozen
+from dtrain.engine import rng
 from dtrain.engine.engine import Course, Engine
-from dtrain.errors import DtrainError
+from dtrain.engine.state import State
+from dtrain.errors import CheckpointError, DtrainError
+from dtrain.models.base import AbstractWeights
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
+from dtrain.runs.folder import utc
 from dtrain.strategies.base import AbstractStrategy, Optim
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dtrain.checkpoint.storage import Reader
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
     from dtrain.data.store import RowStore
@@ -37,6 +45,24 @@ class Built:
     comm: AbstractComm
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter, whole, in the module's order."""
+    parameters: dict[str, Parameter]
+    """The same, as a checkpoint tells it."""
+    tied: dict[str, str]
+
+    def describe(self, identity: Mapping[str, Any], made_by: Mapping[str, Any]) -> Callable[..., Manifest]:
+        """What a checkpoint says of itself, as a function of state and metrics."""
+        plain = frozen.to_plain(self.config)
+
+        def manifest(state: State, metrics: dict[str, float]) -> Manifest:
+            counters = self.strategy.counters()
+            states = (WEIGHT, *self.config.optim.state_names) if counters["updates"] else (WEIGHT,)
+            parameters = {name: dataclasses.replace(one, states=states) for name, one in self.parameters.items()}
+            return Manifest(
+                step=state.step, progress=state.as_dict(), counters=counters, parameters=parameters, tied=self.tied,
+                metrics=metrics, identity=identity, config=plain, made_by={**made_by, "time": utc()},
+            )  # fmt: skip
+
+        return manifest
 
     @property
     def lines(self) -> list[str]:
@@ -68,10 +94,28 @@ class Built:
         )
 
 
+@final
+class _FromCheckpoint(AbstractWeights):
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def read(self, name: str, start: int, numel: int) -> torch.Tensor:
+        out = torch.empty(numel)
+        self._reader.read_into(name, WEIGHT, start, out)
+        return out
+
+
 def build(
-    config: Config, world: World, comm: AbstractComm, *, assets: Path, rows: tuple[RowStore, RowStore], pad_id: int
+    config: Config,
+    world: World,
+    comm: AbstractComm,
+    *,
+    assets: Path,
+    rows: tuple[RowStore, RowStore],
+    pad_id: int,
+    resume: Reader | None = None,
 ) -> Built:
-    """`config` is settled: no `auto` is left in it. Collective."""
+    """`config` is settled: no `auto` is left in it. `resume`: a checkpoint to go on from. Collective."""
     assert config.train.precision != "auto", config.train.precision
     assert config.train.steps is not None
     assert config.batch.global_batch is not None
@@ -87,8 +131,14 @@ def build(
     frozen = [name for name, param in bundle.module.named_parameters() if not param.requires_grad]
     if frozen:
         raise DtrainError(f"tuning: strategies load trained parameters only so far, and {frozen[0]} is frozen")
+    parameters = {name: Parameter(shape, (WEIGHT, *config.optim.state_names), bundle.export_name(name))
+                  for name, shape in shapes.items()}  # fmt: skip
+    if resume is not None:
+        _check_fits(resume, parameters)
+        bundle = dataclasses.replace(bundle, weights=_FromCheckpoint(resume))
     strategy = config.strategy.build(world, comm, optim)
     strategy.wrap(bundle)
+    state = State() if resume is None else _restore(strategy, resume)
     course = Course(
         steps=config.train.steps,
         lr=config.optim.lr,
@@ -101,9 +151,43 @@ def build(
         flops_per_token=config.model.figures().flops_per_token(config.dataset.max_length),
         peak_flops=_peak(comm.device, config.train.precision),
     )
-    torch.manual_seed(config.run.seed + 1 + comm.rank)  # dropout differs between ranks
-    engine = Engine(course, strategy, config.objective.build(), comm, rows)
-    return Built(engine, strategy, bundle, config, comm, shapes)
+    # Dropout differs between ranks, and after a change of their number between the parts of the run.
+    torch.manual_seed(config.run.seed + 1 + comm.rank + state.step * 2**20)
+    if resume is not None and resume.manifest.made_by.get("size") == comm.size:
+        rng.load(resume.blobs(file_name(comm.rank)), comm.device)
+    engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state)
+    tied = _tied(bundle.module, list(shapes))
+    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied)
+
+
+def _check_fits(reader: Reader, parameters: dict[str, Parameter]) -> None:
+    """Raises CheckpointError with every parameter that is not the checkpoint's."""
+    there = reader.manifest.parameters
+    wrong = [f"  {name}: of shape {there[name].shape if name in there else 'none'} in the checkpoint, {one.shape} here"
+             for name, one in parameters.items() if name not in there or there[name].shape != one.shape]  # fmt: skip
+    wrong += [f"  {name}: in the checkpoint, not in the model" for name in there if name not in parameters]
+    if wrong:
+        more = [f"  and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise CheckpointError("\n".join([f"{reader.folder}: not of this model:", *wrong[:8], *more]))
+
+
+def _restore(strategy: AbstractStrategy, reader: Reader) -> State:
+    """Fill the optimizer's state; the weights are there. Collective."""
+    strategy.restore(reader.manifest.counters)
+    for shard in strategy.shards():
+        for name, view in shard.views.items():
+            if name != WEIGHT:
+                if name not in reader.manifest.parameters[shard.name].states:
+                    raise CheckpointError(f"{reader.folder}: has no {name} of {shard.name}: it is of another optimizer")
+                reader.read_into(shard.name, name, shard.start, view)
+    return State.from_dict(reader.manifest.progress)
+
+
+def _tied(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Further names of parameters, each with the one that is kept."""
+    kept = {id(module.get_parameter(name)): name for name in names}
+    return {name: kept[id(param)] for name, param in module.named_parameters(remove_duplicate=False)
+            if id(param) in kept and kept[id(param)] != name}  # fmt: skip
 
 
 def _peak(device: torch.device, precision: str) -> float | None:

@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
+from dtrain.checkpoint.saver import AbstractSaver, NoSaver, Saved
 from dtrain.data.loader import Loader, eval_windows
+from dtrain.engine import rng
+from dtrain.engine.control import Control, why
 from dtrain.engine.evaluate import evaluate
+from dtrain.engine.state import State
 from dtrain.engine.step import Objective, StepResult, train_step
+from dtrain.errors import StorageError
 from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from dtrain.checkpoint.manifest import Manifest
     from dtrain.comm import AbstractComm
     from dtrain.config.spec import ScheduleSpec
     from dtrain.data.store import RowStore
@@ -46,73 +52,182 @@ class Course:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Saving:
+    """When and with what the loop saves."""
+
+    saver: AbstractSaver
+    describe: Callable[[State, dict[str, float]], Manifest]
+    """What a checkpoint says of itself, but for its files; of the state and the metrics of its step."""
+    every_steps: int
+    at_end: bool
+    stop_on_error: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-    first_loss: float
-    last_loss: float
-    eval_loss: float | None
-    steps: int
+    state: State
+    stopped: str | None = None
+    """Why it ended before its last step; None where it did not."""
 
 
 @final
 class Engine:
     def __init__(self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-                 rows: tuple[RowStore, RowStore]) -> None:  # fmt: skip
+                 rows: tuple[RowStore, RowStore], *, state: State | None = None) -> None:  # fmt: skip
+        """`state`: where to go on from."""
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows
+        self._state = state or State()
+        self._saved_step = self._state.step
+        """Of the last checkpoint, or the one that this began with."""
+        self._stop = 0
+        self._save_due = self._busy = False
+        self._step_s = self._save_s = 0.0
 
-    def run(self, trackers: Sequence[AbstractTracker], progress: Progress) -> Result:
-        """Train to the end, with evals on the way and after the last step. Collective."""
+    def run(self, trackers: Sequence[AbstractTracker], progress: Progress, saving: Saving | None = None,
+            control: Control | None = None) -> Result:  # fmt: skip
+        """Train to the end, with evals and saves on the way and at the end, or until asked to stop. Collective."""
+        self._trackers, self._progress = trackers, progress
+        self._saving, self._control = saving, control or Control()
+        self._saver = saving.saver if saving else NoSaver()
         course = self._course
         loader = Loader(self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id)
-        reports: list[StepReport] = []
-        eval_loss = None
-        for step in range(course.steps):
-            progress.phase, progress.step = "train", step
-            began = time.perf_counter()
-            batches = loader.window(step)
-            data_s = time.perf_counter() - began
-            lr = course.lr * course.schedule.factor(step, course.steps)
-            result = train_step(batches, self._strategy, self._objective, self._comm, lr=lr)
-            report = self._report(step, lr, result, began, data_s, loader)
-            reports = [*reports[:1], report]
-            for tracker in trackers:
-                tracker.step(report)
-                if result.skipped:
-                    tracker.note(
-                        f"step {step + 1}: gradients overflowed in fp16; nothing was updated, the loss scale is lowered"
-                    )
-            last = step + 1 == course.steps
-            if last or (course.eval_every and (step + 1) % course.eval_every == 0):
-                eval_loss = self._eval(step + 1, trackers, progress)
-        return Result(reports[0].loss, reports[-1].loss, eval_loss, course.steps)
+        self._agree()
+        self._eval_if_due()
+        while self._state.step < course.steps and not self._stop:
+            self._train_one(loader)
+            self._eval_if_due()
+            self._save_if_due()
+        if self._stop or (saving and saving.at_end):
+            self._save()
+        self._hear_all()
+        stopped = self._stop and (self._state.step < course.steps or self._eval_due())
+        return Result(self._state, why(self._stop) if stopped else None)
 
-    def _eval(self, step: int, trackers: Sequence[AbstractTracker], progress: Progress) -> float | None:
-        """None where nothing was held out."""
-        if not len(self._eval_rows):
-            return None
-        progress.phase, progress.step = "eval", step
+    def _train_one(self, loader: Loader) -> None:
+        course, state = self._course, self._state
+        self._progress.phase, self._progress.step = "train", state.step
+        began = time.perf_counter()
+        batches = loader.window(state.samples)
+        data_s = time.perf_counter() - began
+        lr = course.lr * course.schedule.factor(state.step, course.steps)
+        result = train_step(batches, self._strategy, self._objective, self._comm, lr=lr)
+        self._state = state = dataclasses.replace(
+            state, step=state.step + 1, samples=state.samples + course.batch.global_batch,
+            tokens=state.tokens + result.num_tokens, targets=state.targets + result.num_targets,
+            first_loss=result.loss if state.first_loss is None else state.first_loss, last_loss=result.loss,
+        )  # fmt: skip
+        report = self._report(lr, result, began, data_s, loader)
+        for tracker in self._trackers:
+            tracker.step(report)
+            if result.skipped:
+                tracker.note(
+                    f"step {state.step}: gradients overflowed in fp16; nothing was updated, the loss scale is lowered"
+                )
+        if not self._saver.failed:  # of a failure all ranks must hear at the same step
+            self._hear(self._saver.finished())
+
+    def _agree(self, *values: float) -> list[float]:
+        """The largest of each value on any rank; and by the same word, whether to stop or save. Collective: one max.
+
+        Every rank decides by what all have said, so that none saves or stops alone.
+        """
+        stop = self._control.stop(step_s=self._step_s, save_s=self._save_s)
+        mine = [stop, self._control.save(), self._saver.busy, self._saver.failed]
+        *most, stop_f, save, busy, failed = self._comm.max([*values, *mine])
+        self._stop = self._stop or int(stop_f)
+        self._save_due = self._save_due or bool(save)
+        self._busy = bool(busy)
+        if failed:
+            self._hear_all()
+        return most
+
+    def _eval_due(self) -> bool:
+        state, every = self._state, self._course.eval_every
+        due = state.step == self._course.steps or (every and state.step and state.step % every == 0)
+        return bool(due) and state.eval_step != state.step and len(self._eval_rows) > 0
+
+    def _eval_if_due(self) -> None:
+        if not self._eval_due() or self._stop:
+            return
+        self._progress.phase, self._progress.step = "eval", self._state.step
         began = time.perf_counter()
         windows = eval_windows(self._eval_rows, self._course.batch, rank=self._comm.rank, pad_id=self._course.pad_id,
                                max_rows=self._course.eval_max_rows)  # fmt: skip
-        loss, num_targets = evaluate(windows, self._strategy, self._objective, self._comm)
-        report = EvalReport(step, loss, num_targets, time.perf_counter() - began)
-        for tracker in trackers:
+        found = evaluate(windows, self._strategy, self._objective, self._comm, stop=self._asked_to_stop)
+        if found is None:  # it is looked at again when the run goes on
+            return
+        report = EvalReport(self._state.step, *found, time.perf_counter() - began)
+        self._state = dataclasses.replace(self._state, eval_step=report.step, eval_loss=report.loss)
+        for tracker in self._trackers:
             tracker.eval(report)
-        return loss
 
-    def _report(self, step: int, lr: float, result: StepResult, began: float, data_s: float,
-                loader: Loader) -> StepReport:  # fmt: skip
+    def _asked_to_stop(self) -> bool:
+        """Collective."""
+        self._agree()
+        return bool(self._stop)
+
+    def _save_if_due(self) -> None:
+        saving = self._saving
+        if saving is None or self._state.step == self._course.steps or self._stop:
+            return
+        due = saving.every_steps and self._state.step % saving.every_steps == 0
+        if due and self._busy:
+            self._note(f"step {self._state.step}: the last save is still being written; this one follows it")
+        self._save_due = self._save_due or bool(due)
+        if self._save_due and not self._busy:
+            self._save()
+
+    def _save(self) -> None:
+        """Unless this very step is saved. Collective."""
+        if self._saving is None or self._saved_step == self._state.step:
+            return
+        self._progress.phase, self._progress.step = "save", self._state.step
+        state, metrics = self._state, {}
+        if state.last_loss is not None:
+            metrics["loss"] = state.last_loss
+        if state.eval_step == state.step and state.eval_loss is not None:
+            metrics["eval_loss"] = state.eval_loss
+        what = self._saving.describe(state, metrics)
+        self._hear_all()
+        self._saver.save(self._strategy.shards(), what, rng.save(self._comm.device))
+        self._saved_step, self._save_due = state.step, False
+        self._control.saved()
+
+    def _hear_all(self) -> None:
+        """Collective."""
+        self._saver.wait()
+        self._hear(self._saver.finished())
+
+    def _hear(self, saved: Saved | None) -> None:
+        """Tell what became of a save. Where it failed, all ranks raise StorageError, or note it."""
+        if saved is None:
+            return
+        self._save_s = saved.write_s
+        self._note(saved.line())
+        if saved.error is None:
+            return
+        self._saved_step = -1
+        assert self._saving is not None
+        if self._saving.stop_on_error:
+            raise StorageError(f"{saved.line()}; the checkpoints before it are whole. checkpoint.on_error=warn goes on")
+
+    def _note(self, line: str) -> None:
+        for tracker in self._trackers:
+            tracker.note(line)
+
+    def _report(self, lr: float, result: StepResult, began: float, data_s: float, loader: Loader) -> StepReport:
         """Collective: one max."""
-        course, size = self._course, self._comm.size
-        mem_bytes, data_s = self._comm.max([_memory(self._comm.device), data_s])
-        step_s = time.perf_counter() - began
+        course, state = self._course, self._state
+        mem_bytes, data_s, step_s = self._agree(_memory(self._comm.device), data_s, time.perf_counter() - began)
+        self._step_s = step_s
         tokens_per_s = result.num_tokens / step_s
-        mfu = course.flops_per_token * tokens_per_s / (course.peak_flops * size) if course.peak_flops else None
+        peak = course.peak_flops and course.peak_flops * self._comm.size
         return StepReport(
-            step=step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr, num_targets=result.num_targets,
-            tokens=result.num_tokens, tokens_per_s=tokens_per_s, step_s=step_s, data_s=data_s, mfu=mfu,
-            mem_bytes=int(mem_bytes), epoch=loader.epoch(step + 1), samples=(step + 1) * course.batch.global_batch,
-            extras=result.extras,
+            step=state.step, loss=result.loss, grad_norm=result.grad_norm, lr=lr, num_targets=result.num_targets,
+            tokens=result.num_tokens, tokens_per_s=tokens_per_s, step_s=step_s, data_s=data_s,
+            mfu=course.flops_per_token * tokens_per_s / peak if peak else None, mem_bytes=int(mem_bytes),
+            epoch=loader.epoch(state.samples), samples=state.samples, extras=result.extras,
         )  # fmt: skip
 
 

@@ -10,12 +10,21 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from dtrain.config import frozen
+from dtrain.engine.control import SIGNALS, Control
 from dtrain.engine.state import Progress
 from dtrain.plan.world import World
 from dtrain.runs import RunDir, die_with_parent, record_failure, redirect
+
+if TYPE_CHECKING:
+    from dtrain.checkpoint.storage import Reader
+    from dtrain.comm import AbstractComm
+    from dtrain.config.schema import Config
+    from dtrain.engine.build import Built
+    from dtrain.engine.engine import Result, Saving
+    from dtrain.trackers.fan_out import FanOut
 
 
 def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
@@ -27,11 +36,12 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     stream = redirect(run, attempt, rank)
     faulthandler.enable()
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, _stop)
+    told: list[int] = []
+    for signum in SIGNALS:
+        signal.signal(signum, lambda number, frame: told.append(number))
     progress, code = Progress(), 1
     try:
-        _work(run, attempt, stream, progress, plugins)
+        _work(run, attempt, stream, progress, plugins, told)
         code = 0
     except BaseException as error:  # noqa: BLE001  the last thing that this process does is to say what it was
         # Each by itself: on a full disk the log takes nothing, and the failure file may still fit.
@@ -46,11 +56,8 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
         os._exit(code)
 
 
-def _stop(signum: int, frame: object) -> None:
-    raise SystemExit(f"{signal.Signals(signum).name}: told to stop")
-
-
-def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins: Sequence[str]) -> None:
+def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins: Sequence[str],
+          told: list[int]) -> None:  # fmt: skip
     from dtrain.comm import TorchComm
     from dtrain.data.prepare import read_prepared
     from dtrain.data.store import RowStore
@@ -63,35 +70,128 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     progress.phase = "join"
     comm = TorchComm(world)
     comm.same("digest of config.yaml", frozen.digest(config))
+    _shared(run, comm)
     progress.phase = "load"
-    data = run.read_manifest()["data"]
+    manifest = run.read_manifest()
+    data = manifest["data"]
     prepared = read_prepared(Path(data["dir"]), Path(data["assets"]), config.objective)
     rows = (RowStore(prepared.dir / "train.arrow"), RowStore(prepared.dir / "eval.arrow"))
     plain = frozen.to_plain(config)
     trackers = FanOut(spec.build(run.path, plain, stream) for spec in config.tracker.values() if comm.rank == 0)
-    built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id)
-    trackers.start(steps=config.train.steps or 0, first_step=0, lines=built.lines)
+    passed_over: list[str] = []
+    reader = _resume(manifest, comm, passed_over)
+    built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id, resume=reader)
+    first = 0 if reader is None else reader.manifest.step
+    if reader is not None:
+        reader.close()
+    trackers.start(steps=config.train.steps or 0, first_step=first, lines=[*built.lines, *passed_over])
     if comm.rank == 0:
-        run.event("training", attempt=attempt)
+        for line in passed_over:
+            run.event("passed over", attempt=attempt, line=line)
+        run.event("training", attempt=attempt, step=first)
     try:
-        result = built.engine.run([trackers], progress)
-        progress.phase = "export"
-        trackers.note(f"exporting to {run.export}")
-        built.export(run.export)
+        saving = _saving(run, attempt, built, manifest["identity"])
+        result = built.engine.run([trackers], progress, saving, _control(run, config, comm, told))
+        if result.stopped is None:
+            progress.phase = "export"
+            trackers.note(f"exporting to {run.export}")
+            built.export(run.export)
         comm.barrier()
     except BaseException as error:
-        stopped = isinstance(error, SystemExit)
-        if not stopped:  # before the trackers finish, which may take a while; the first record stays
-            record_failure(run, attempt, comm.rank, error, phase=progress.phase, step=progress.step)
-        trackers.finish(outcome="stopped" if stopped else "failed")
+        # Before the trackers finish, which may take a while; the first record stays.
+        record_failure(run, attempt, comm.rank, error, phase=progress.phase, step=progress.step)
+        trackers.finish(outcome="failed")
         raise
-    message = f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}"
-    if result.eval_loss is not None:
-        message += f", eval loss {result.eval_loss:.4f}"
-    trackers.note(f"done: {message}")
-    trackers.finish(outcome="done")
+    _end(run, attempt, result, trackers, comm)
+
+
+def _end(run: RunDir, attempt: int, result: Result, trackers: FanOut, comm: AbstractComm) -> None:
+    """Say how it ended. Collective."""
+    state = result.state
+    if result.stopped is not None:
+        kind, message = "stopped", f"{result.stopped}: stopped after step {state.step}"
+    else:
+        kind, message = "done", f"loss {state.first_loss:.4f} -> {state.last_loss:.4f}"
+        if state.eval_loss is not None:
+            message += f", eval loss {state.eval_loss:.4f}"
+    trackers.note(message if kind == "stopped" else f"done: {message}")
+    trackers.finish(outcome=kind)
     if comm.rank == 0:
-        run.update_manifest(result={"first_loss": result.first_loss, "last_loss": result.last_loss,
-                                    "eval_loss": result.eval_loss, "steps": result.steps})  # fmt: skip
-        run.write_outcome("done", attempt, step=result.steps, message=message)
+        if kind == "done":
+            run.update_manifest(result={"first_loss": state.first_loss, "last_loss": state.last_loss,
+                                        "eval_loss": state.eval_loss, "steps": state.step})  # fmt: skip
+        run.write_outcome(kind, attempt, step=state.step, message=message)
     comm.barrier()
+
+
+def _shared(run: RunDir, comm: AbstractComm) -> None:
+    """Raise unless a file that rank 0 makes now is seen by all: checkpoints are written by all into one folder.
+    Collective.
+    """
+    import secrets
+    import time
+
+    from dtrain.errors import RunError
+
+    path = run.path / f".seen-{comm.gather(secrets.token_hex(8))[0]}"
+    if comm.rank == 0:
+        path.touch()
+    comm.barrier()
+    deadline = time.monotonic() + 30  # a network file system may show it late
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        os.listdir(run.path)  # noqa: PTH208  has some of them look again
+    blind = [rank for rank, said in enumerate(comm.gather(str(int(seen)))) if said == "0"]
+    if comm.rank == 0:
+        path.unlink(missing_ok=True)
+    if blind:
+        raise RunError(f"run.dir: ranks {blind[:8]} do not see what rank 0 writes to {run.path}; run.dir must be on a "
+                       f"file system that all nodes share")  # fmt: skip
+
+
+def _resume(manifest: dict[str, object], comm: AbstractComm, say: list[str]) -> Reader | None:
+    """The checkpoint to go on from, read by all to see that it is what was written. Collective."""
+    from dtrain.checkpoint.resume import verified
+    from dtrain.checkpoint.storage import Reader
+
+    candidates = manifest.get("resume") or []
+    assert isinstance(candidates, list)
+    if not candidates:
+        return None
+    return Reader(*verified([Path(one) for one in candidates], comm, say.append))
+
+
+def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]) -> Saving | None:
+    """What the loop saves with; None where the strategy has nothing that can be saved. Collective."""
+    from dtrain.checkpoint.saver import Saver
+    from dtrain.engine.engine import Saving
+
+    if not built.strategy.resumable:
+        return None
+    policy = built.config.checkpoint
+    said = run.read_manifest()
+    made_by = {key: said.get(key) for key in ("name", "strategy", "size", "device", "packages", "python", "git")}
+    return Saving(
+        saver=Saver(run.checkpoints, policy, built.comm.sibling()),
+        describe=built.describe(identity, {**made_by, "attempt": attempt}),
+        every_steps=policy.every_steps,
+        at_end=policy.at_end,
+        stop_on_error=policy.on_error == "stop",
+    )
+
+
+def _control(run: RunDir, config: Config, comm: AbstractComm, told: list[int]) -> Control:
+    """Takes over the signals, with what came before."""
+    import time
+
+    if comm.rank == 0:
+        deadline = os.environ.get("DTRAIN_DEADLINE")
+        left = None if deadline is None else float(deadline) - time.time()
+        control = Control(trigger=run.save_trigger, every_minutes=config.checkpoint.every_minutes, time_left_s=left)
+    else:
+        control = Control()
+    for signum in SIGNALS:
+        signal.signal(signum, control.on_signal)
+    for number in told:
+        control.on_signal(number, None)
+    return control

@@ -31,13 +31,16 @@ SAME_PRESS_S = 0.4
 SHOW_CURSOR = "\x1b[?25h"
 
 
-def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[str], None] | None = None) -> Outcome:
+def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[str], None] | None = None,
+              limit_s: float | None = None) -> Outcome:  # fmt: skip
     """Run the command to its end and say how it ended; writes that to the run folder too.
 
     Its stdout is ours, its stderr goes to launcher.log. The first SIGINT, SIGTERM or SIGUSR1 is passed on to the ranks,
     a second SIGINT or SIGTERM ends them at once. When one rank fails, the others are ended within seconds. Nothing that
     was started is alive on return. To be called in the main thread.
     """
+    if limit_s is not None:  # `limit_s` from now, the ranks are to have saved and ended by themselves
+        command = Command(command.argv, {**command.env, "DTRAIN_DEADLINE": f"{time.time() + limit_s:.0f}"})
     job = _Job(command, run, attempt, note or _to_stderr)
     with _caught(job.on_signal):
         try:
@@ -156,7 +159,7 @@ class _Job:
         assert self.process is not None
         if not self._passed_to:
             name = signal.Signals(signum).name
-            self.note(f"{name}: the run is told to stop, with nothing saved to resume from; again: at once")
+            self.note(f"{name}: the run saves and stops; again: at once")
         signum = signal.SIGTERM if signum == signal.SIGHUP else signum
         ranks = set() if self._alone else {rank.pid for rank in workers(self.process.pid).values()}
         ranks = ranks or {self.process.pid}

@@ -43,7 +43,7 @@ def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None
         message = "ended at once by a second signal"
         return run.write_outcome("interrupted", attempt, message=message)
     if told is not None and (first is None or first.secondary):
-        message = f"{signal.Signals(told).name} stopped it; nothing was saved to resume from"
+        message = f"{signal.Signals(told).name} stopped it before a save; what was saved before counts"
         return run.write_outcome("stopped", attempt, message=message)
     if first is not None:
         return run.write_outcome(first.kind, attempt, step=first.step, message=first.message, failure=first)
@@ -95,7 +95,7 @@ def explain(outcome: Outcome, run: RunDir) -> str:
         return f"done: {run.path}"
     if outcome.kind == "stopped":
         at = f" at step {outcome.step}" if outcome.step is not None else f": {outcome.message}"
-        return f"stopped{at}; the same command starts again from the first step: {run.path}"
+        return f"stopped{at}; the same command goes on from its newest checkpoint: {run.path}"
     failure = outcome.failure
     if failure is None:
         launcher_log = run.launcher_log(outcome.attempt)

@@ -17,6 +17,7 @@ class AdamW(OptimSpec):
     """AdamW (arXiv 1711.05101): weight decay apart from the gradient."""
 
     state_bytes: ClassVar[int] = 8
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     fresh_lr: ClassVar[float] = 1e-3
     tuning_lr: ClassVar[float] = 2e-5

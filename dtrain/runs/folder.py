@@ -18,7 +18,7 @@ from dtrain.runs.outcomes import Outcome
 from dtrain.runs.secrets import scrub
 
 
-def _utc() -> str:
+def utc() -> str:
     now = time.time()
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
 
@@ -35,6 +35,10 @@ class RunDir:
         self.outcome = self.path / "outcome.json"
         self.export = self.path / "export"
         self.checkpoints = self.path / "checkpoints"
+        self.save_trigger = self.path / "SAVE"
+        """Made by whoever wants a save now; the run removes it."""
+        self.model = self.path / "model"
+        """Config and tokenizer of the model, for exports."""
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
@@ -99,14 +103,14 @@ class RunDir:
         attempts = [dict(entry) for entry in self.read_manifest().get("attempts", [])]
         entry = next((entry for entry in attempts if entry.get("attempt") == attempt), None)
         if entry is None:
-            entry = {"attempt": attempt, "started": _utc()}
+            entry = {"attempt": attempt, "started": utc()}
             attempts.append(entry)
         entry.update(fields)
         self.update_manifest(attempts=attempts)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add one line to events.jsonl; any process may. A disk that refuses it is told on stderr, and ends no run."""
-        line = {"time": _utc(), "monotonic": time.monotonic(), "kind": kind, **scrub(fields)}
+        line = {"time": utc(), "monotonic": time.monotonic(), "kind": kind, **scrub(fields)}
         try:
             append_json(self.events, line)
         except OSError as error:
@@ -122,7 +126,7 @@ class RunDir:
     def write_outcome(self, kind: str, attempt: int, *, step: int | None = None, message: str = "",
                       failure: Failure | None = None) -> Outcome:  # fmt: skip
         """Say how the attempt ended: `done` and `stopped` by rank 0, anything else by the launcher."""
-        outcome = Outcome(kind=kind, attempt=attempt, step=step, message=message, time=_utc(), failure=failure)
+        outcome = Outcome(kind=kind, attempt=attempt, step=step, message=message, time=utc(), failure=failure)
         write_json(self.outcome, scrub(outcome.as_dict()))
         return outcome
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, final
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.models.base import ModelBundle
-from dtrain.strategies._place import clip_factor, fill, materialise, squared_norm
+from dtrain.strategies._place import clip_factor, fill, make_state, materialise, squared_norm, updates_of
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
 
 if TYPE_CHECKING:
@@ -65,6 +65,13 @@ class _DDP(AbstractStrategy):
                 views = {"weight": param.detach().view(-1)}
                 views |= {key: one.view(-1) for key, one in state.items() if one.shape == param.shape}
                 yield Shard(name, tuple(param.shape), 0, views, self._world.rank, self._world.size)
+
+    def counters(self) -> dict[str, float]:
+        return {"updates": updates_of(self._optimizer)}
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        trained = [param for param in self._named.values() if param.requires_grad]
+        make_state(self._optimizer, trained, self._optim.spec.state_names, int(counters["updates"]))
 
     def refresh(self) -> None:
         """Nothing: the parameters are the masters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, final
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.errors import PlanError
 from dtrain.models.base import ModelBundle
-from dtrain.strategies._place import LossScale, clip_factor, fill, squared_norm
+from dtrain.strategies._place import LossScale, clip_factor, fill, make_state, squared_norm, updates_of
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
 
 if TYPE_CHECKING:
@@ -108,6 +108,14 @@ class _FSDP2(AbstractStrategy):
             views = {"weight": piece.detach().view(-1)}
             views |= {key: one.view(-1) for key, one in state.items() if one.shape == piece.shape}
             yield Shard(name, tuple(param.shape), start, views, self._replica, self._replicas)
+
+    def counters(self) -> dict[str, float]:
+        return {"updates": updates_of(self._optimizer), **self._scale.counters()}
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        trained = [piece for piece in self._pieces.values() if piece.requires_grad]
+        make_state(self._optimizer, trained, self._optim.spec.state_names, int(counters["updates"]))
+        self._scale.restore(counters)
 
     def refresh(self) -> None:
         # Compute weights are cast from the masters when they are gathered; what a forward left gathered is out of date.

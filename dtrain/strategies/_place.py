@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -50,6 +50,23 @@ def squared_norm(grads: Iterable[torch.Tensor], device: torch.device) -> torch.T
     return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
 
 
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates the optimizer has taken."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+
+
+def make_state(
+    optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor], names: Sequence[str], updates: int
+) -> None:
+    """State as the optimizer's own after so many updates, of zeros; none before the first, as it has itself."""
+    if not updates:
+        return
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for param in params:
+        step = torch.tensor(float(updates), dtype=torch.float32, device=param.device if fused else "cpu")
+        optimizer.state[param] = {"step": step, **{name: torch.zeros_like(param.detach()) for name in names}}
+
+
 class LossScale:
     """Dynamic scale of the loss for fp16: halved on overflow, doubled after a while without (arXiv 1710.03740)."""
 
@@ -58,6 +75,13 @@ class LossScale:
         self._enabled = enabled
         self._grow_after = grow_after
         self._good = 0
+
+    def counters(self) -> dict[str, float]:
+        return {"loss_scale": self.value, "good_steps": self._good} if self._enabled else {}
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        if self._enabled and "loss_scale" in counters:
+            self.value, self._good = counters["loss_scale"], int(counters["good_steps"])
 
     def update(self, norm: float) -> bool:
         """Told the step's gradient norm; True where a scale that was too high explains that it is not finite."""

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dtrain.models.base import AbstractWeights, ModelBundle
-from dtrain.strategies._place import fill, materialise
+from dtrain.strategies._place import fill, make_state, materialise, updates_of
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 class _ZeRO(AbstractStrategy):
     def __init__(self, spec: ZeRO, world: World, device: torch.device, optim: Optim) -> None:
         self._spec, self._world, self._device, self._optim = spec, world, device, optim
+        self.resumable = not self._on_nvme
         self._deepspeed = _import_deepspeed(world, on_nvme=self._on_nvme)
 
     def wrap(self, bundle: ModelBundle) -> None:
@@ -132,6 +133,31 @@ class _ZeRO(AbstractStrategy):
         views = {"weight": mapping.hp_fragment.detach()}
         views |= {key: one for key, one in (mapping.optim_fragment or {}).items() if _shaped(one, mapping.hp_fragment)}
         return Shard(name, tuple(param.shape), mapping.lp_fragment_address.start, views)
+
+    def counters(self) -> dict[str, float]:
+        said: dict[str, float] = {"updates": updates_of(self._zero.optimizer)}
+        if self._optim.precision == "fp16":
+            scaler = self._zero.loss_scaler
+            good = scaler.cur_iter - scaler.last_overflow_iter - 1
+            said |= {"loss_scale": scaler.cur_scale, "good_steps": good}
+        return said
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        zero = self._zero
+        make_state(zero.optimizer, self._flats(), self._optim.spec.state_names, int(counters["updates"]))
+        if self._optim.precision == "fp16" and "loss_scale" in counters:
+            scaler = zero.loss_scaler
+            scaler.cur_scale = counters["loss_scale"]
+            scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"]) - 1
+
+    def _flats(self) -> list[torch.Tensor]:
+        """The flat tensors that the optimizer updates."""
+        zero = self._zero
+        if self._spec.stage == 3:
+            return list(zero.fp32_partitioned_groups_flat)
+        if hasattr(zero, "single_partition_of_fp32_groups"):
+            return list(zero.single_partition_of_fp32_groups)
+        return list(zero.fp32_groups_flat_partition)  # stage 1 in bf16 is another class of DeepSpeed's
 
     def refresh(self) -> None:
         zero = self._zero

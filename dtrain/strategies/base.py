@@ -63,6 +63,8 @@ class AbstractStrategy(ABC):
 
     module: nn.Module
     """What is called with a batch."""
+    resumable: bool = True
+    """Whether `shards` shows the whole training state, so that it can be saved."""
 
     @abstractmethod
     def wrap(self, bundle: ModelBundle) -> None:
@@ -82,6 +84,16 @@ class AbstractStrategy(ABC):
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
         """What this rank owns of every trainable parameter; used to save and to load."""
+
+    @abstractmethod
+    def counters(self) -> dict[str, float]:
+        """What is part of no shard, the same on all ranks: `updates` taken by the optimizer; in fp16 `loss_scale`, and
+        `good_steps` since it was last changed.
+        """
+
+    @abstractmethod
+    def restore(self, counters: Mapping[str, float]) -> None:
+        """Make empty optimizer state as after so many updates, which `shards` then show to be filled."""
 
     @abstractmethod
     def refresh(self) -> None:

@@ -7,13 +7,15 @@ import dataclasses
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import ConfigError, DtrainError, RunError, UserError
 from dtrain.verbs import _overrides
 
 if TYPE_CHECKING:
+    from dtrain.checkpoint.resume import Start
     from dtrain.config.schema import Config
     from dtrain.data.prepare import Prepared
     from dtrain.plan.propose import Proposal
@@ -72,7 +74,12 @@ def _launch_all(combinations: list[list[str]], args: argparse.Namespace) -> int:
 
 def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     """One run, from what was typed to its exit code."""
+    from dtrain.checkpoint.identity import identity
+    from dtrain.checkpoint.resume import choose
+    from dtrain.config.schema import seconds
     from dtrain.data.prepare import prepare
+    from dtrain.data.tokenizer import tokenizer_digest
+    from dtrain.folders import remove_leftovers
     from dtrain.launchers.supervise import supervise
     from dtrain.launchers.verdict import explain
     from dtrain.plan.describe import describe
@@ -91,7 +98,6 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
                                         shlex.join(command.argv)]))  # fmt: skip
         return 0
     check(run.path)
-    _refuse_done(run)
     cache = Path(config.run.cache) if config.run.cache else Path(config.run.dir) / ".cache"
     prepared = prepare(config.dataset, config.objective, config.model, eval_fraction=config.eval.fraction,
                        seed=config.run.seed, cache=cache.absolute(), say=_say)  # fmt: skip
@@ -99,11 +105,17 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
         _say(line)
     _say(f"objective: {type(prepared.objective).__name__.lower()}")
     settled = settle(config, plan, proposal.strategies, prepared.objective, prepared.num_rows)
+    said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets)
     with run.lock(note=_say):
+        for path in remove_leftovers(run.checkpoints, mine=True):
+            _say(f"removed {path}, which a killed save left")
+        start = choose(run, settled, said, _say)
+        _refuse_done(run, settled, start)
         attempt = run.new_attempt()
-        _record(run, attempt, settled, proposal, prepared)
+        _record(run, attempt, settled, proposal, prepared, said, start)
         command = settled.launcher.command(run.path, worker, plan.topology)
-        outcome = supervise(command, run, attempt)
+        limit = settled.run.time_limit
+        outcome = supervise(command, run, attempt, limit_s=None if limit is None else seconds(limit))
         run.add_attempt(attempt, ended=outcome.kind)
         run.event("ended", attempt=attempt, outcome=outcome.kind)
     text = explain(outcome, run)
@@ -113,9 +125,11 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prepared: Prepared) -> None:
+def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prepared: Prepared,
+            identity: Mapping[str, Any], start: Start | None) -> None:  # fmt: skip
     """Write what every rank reads, and what a person wants to know later."""
     from dtrain.config import frozen
+    from dtrain.models.assets import copy_assets
     from dtrain.runs import versions
 
     frozen.write(run.config, settled)
@@ -125,17 +139,28 @@ def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prep
         topology=dataclasses.asdict(plan.topology), device=plan.device, config_digest=frozen.digest(settled),
         data={"dir": str(prepared.dir), "assets": str(prepared.assets), "digest": prepared.digest,
               "rows": prepared.num_rows, "eval_rows": prepared.num_eval_rows, "counts": prepared.counts},
+        identity=dict(identity), resume=[str(path) for path in start.candidates] if start else [],
         notes=list(plan.notes), **versions(),
     )  # fmt: skip
-    run.add_attempt(attempt, size=plan.topology.size)
-    run.event("launched", attempt=attempt, strategy=plan.strategy, size=plan.topology.size)
+    copy_assets(prepared.assets, run.model)
+    step, differences = (start.step, start.differences) if start else (0, ())
+    run.add_attempt(attempt, size=plan.topology.size, strategy=plan.strategy, micro_batch=settled.batch.micro_batch,
+                    first_step=step, differences=list(differences))  # fmt: skip
+    run.event("launched", attempt=attempt, strategy=plan.strategy, size=plan.topology.size, step=step)
 
 
-def _refuse_done(run: RunDir) -> None:
+def _refuse_done(run: RunDir, settled: Config, start: Start | None) -> None:
     outcome = run.read_outcome()
-    if outcome is not None and outcome.kind == "done":
+    if outcome is None or outcome.kind != "done":
+        return
+    assert settled.train.steps is not None
+    if start is not None and start.step < settled.train.steps:
+        return
+    if start is None or start.step == settled.train.steps:
         raise RunError(f"run.name={run.name}: this run is done, and a new one would write over it; type another "
-                       f"run.name, or remove {run.path}")  # fmt: skip
+                       f"run.name, or remove {run.path}; train.steps=N with 'resume.allow=[train.steps]' goes on "
+                       f"with it")  # fmt: skip
+    raise RunError(f"train.steps={settled.train.steps}: {start.candidates[0]} is beyond that already")
 
 
 def _next_steps(run: RunDir) -> str:

@@ -32,7 +32,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_ranks(store, size, micro_bat
     plan = BatchPlan(global_batch, micro_batch, size)
     loaders = [Loader(store, plan, rank=rank, seed=5, pad_id=0) for rank in range(size)]
     for step in (0, 1, 4):
-        windows = [loader.window(step) for loader in loaders]
+        windows = [loader.window(step * global_batch) for loader in loaders]
         together = [i for window in windows for i in ids_of(window)]
         assert together == global_batch_ids(5, step, global_batch, NUM_ROWS).tolist()
         assert {len(window) for window in windows} == {plan.accumulate}
@@ -56,7 +56,7 @@ def test_rows_are_padded_to_the_longest_present(store):
 
 def test_epochs_are_counted(store):
     loader = Loader(store, BatchPlan(NUM_ROWS, 4, 1), rank=0, seed=0, pad_id=0)
-    assert [loader.epoch(step) for step in (0, 1, 2)] == [0.0, 1.0, 2.0]
+    assert [loader.epoch(samples) for samples in (0, NUM_ROWS, 2 * NUM_ROWS)] == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64])

@@ -1,0 +1,150 @@
+"""Which checkpoint a run goes on from, chosen before any worker starts and proven by all ranks. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtrain.checkpoint import manifest
+from dtrain.checkpoint.identity import differences, same_course
+from dtrain.checkpoint.manifest import Manifest
+from dtrain.checkpoint.verify import committed, digest_problems, quick_problems
+from dtrain.config.compose import clip, nearest
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.runs import RunDir
+
+if TYPE_CHECKING:
+    from dtrain.comm import AbstractComm
+    from dtrain.config.schema import Config
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run goes on from."""
+
+    candidates: tuple[Path, ...]
+    """Checkpoints whose manifest and sizes are right, the best first: the ranks take the first whose content is too."""
+    step: int
+    """Of the first."""
+    differences: tuple[str, ...] = ()
+    """From the checkpoint, allowed by the user."""
+
+
+def choose(run: RunDir, config: Config, identity: Mapping[str, Any], say: Say) -> Start | None:
+    """The newest good checkpoint of the run itself, else what `resume.path` names; None to start from the beginning.
+
+    Says what it passes over and why. Raises CheckpointError where there are checkpoints and none is whole, and
+    ConfigError where the configuration changes the mathematics without leave.
+    """
+    own = committed(run.checkpoints)
+    if own:
+        start = _good(own, f"{run.checkpoints}: none of its checkpoints is whole", say)
+        say(f"resume: going on from {start.candidates[0]}")
+    elif config.resume.path is not None:
+        start = _named(Path(config.resume.path), say)
+        say(f"resume: starting from {start.candidates[0]}")
+    else:
+        return None
+    return _compared(start, config, identity, say)
+
+
+def find(path: Path) -> list[Path]:
+    """Checkpoints that `path` names: itself, or all of a run's or of its `checkpoints` folder, newest first.
+
+    Raises CheckpointError where there are none.
+    """
+    if (path / manifest.NAME).is_file() and not (path / "config.yaml").is_file():
+        return [path]
+    for root in (path / "checkpoints", path):
+        if found := committed(root):
+            return found
+    raise CheckpointError(f"{path}: no checkpoint, and no run that has any; `dtrain runs ls` and `dtrain ckpt ls RUN` "
+                          f"show what there is")  # fmt: skip
+
+
+def _named(path: Path, say: Say) -> Start:
+    found = find(path)
+    return _good(found, f"resume.path={path}: not whole", say)
+
+
+def _good(folders: Sequence[Path], otherwise: str, say: Say) -> Start:
+    """Those that look whole. Raises CheckpointError with all that is wrong with each."""
+    good, wrong = [], []
+    for folder in folders:
+        problems = quick_problems(folder)
+        if problems:
+            wrong += problems
+            say(f"resume: passed over {folder}: {'; '.join(problems[:3])}")
+        else:
+            good.append(folder)
+    if not good:
+        raise CheckpointError("\n".join([f"{otherwise}; restore one, or remove them to start from the beginning:",
+                                         *(f"  {problem}" for problem in wrong)]))  # fmt: skip
+    return Start(tuple(good), manifest.read(good[0]).step)
+
+
+def _compared(start: Start, config: Config, identity: Mapping[str, Any], say: Say) -> Start:
+    """Keep the candidates that this configuration may go on from; refuse where the first is not one."""
+    _check_allow(config.resume.allow, identity)
+    kept: list[Path] = []
+    for folder in start.candidates:
+        read = manifest.read(folder)
+        assert config.train.steps is not None
+        steps = (int(read.identity.get("train.steps", config.train.steps)), config.train.steps)
+        found = differences(read.identity, identity, same_course=same_course(config.schedule, steps, read.step))
+        refused = [one for one in found if not one.allowed(config.resume.allow)]
+        if refused and not kept:
+            keys = ",".join(one.key for one in refused)
+            raise ConfigError(
+                f"{folder}: made with other values of what decides the result:\n"
+                + "".join(f"  {one}\n" for one in refused)
+                + f"  set them back, or type 'resume.allow=[{keys}]' to go on with the new ones, or another run.name"
+            )
+        if refused:
+            continue
+        if not kept:
+            start = dataclasses.replace(start, step=read.step, differences=tuple(map(str, found)))
+            for one in found:
+                say(f"resume: allowed: {one}")
+            for line in _free(read, config):
+                say(f"resume: {line}")
+        kept.append(folder)
+    return dataclasses.replace(start, candidates=tuple(kept))
+
+
+def _free(read: Manifest, config: Config) -> list[str]:
+    """What differs and changes nothing in the mathematics, for people."""
+    before = read.made_by.get("strategy")
+    now = type(config.strategy).__name__.lower()
+    return [f"made by {before} on {read.made_by.get('size')} ranks"] if before is not None and now else []
+
+
+def _check_allow(allow: Sequence[str], identity: Mapping[str, Any]) -> None:
+    known = {*identity, *(key.split(".")[0] for key in identity)}
+    wrong = [name for name in allow if name not in known]
+    if wrong:
+        raise ConfigError.of(f"resume.allow={clip(name)}: not one of the keys that decide the result"
+                             f"{nearest(name, sorted(known))}" for name in wrong)  # fmt: skip
+
+
+def verified(candidates: Sequence[Path], comm: AbstractComm, note: Say) -> tuple[Path, Manifest]:
+    """The first candidate whose content is what was written; every rank reads a share of the files. Collective.
+
+    Raises CheckpointError with what is wrong with each where none is.
+    """
+    wrong: list[str] = []
+    for folder in candidates:
+        read = manifest.read(folder)
+        mine = [item for i, item in enumerate(read.files.items()) if i % comm.size == comm.rank]
+        found = [one for said in comm.gather(json.dumps(digest_problems(folder, mine))) for one in json.loads(said)]
+        if not found:
+            return folder, read
+        wrong += found
+        note(f"resume: passed over {folder}: {'; '.join(found[:3])}")
+    raise CheckpointError("\n".join(["no checkpoint is what was written; restore one, or remove them to start from the "
+                                     "beginning:", *(f"  {one}" for one in wrong)]))  # fmt: skip

@@ -1,0 +1,237 @@
+"""One rank's part of a checkpoint: from live shards to a file, and from anybody's files to live shards."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import torch
+
+from dtrain.checkpoint.boxes import Box, boxes, runs
+from dtrain.checkpoint.manifest import File, Manifest
+from dtrain.checkpoint.safetensors import Entry, header, read_header
+from dtrain.errors import CheckpointError
+from dtrain.failpoints import reach
+
+if TYPE_CHECKING:
+    from dtrain.strategies.base import Shard
+
+WEIGHT = "weight"
+ALIGN = 4096
+"""Replicas divide a parameter at multiples of so many elements: a small one has a single writer."""
+WRITE_BYTES = 1 << 24
+
+
+class Part(NamedTuple):
+    """What this rank writes of one state of one parameter: live elements [start, start + numel) of it."""
+
+    name: str
+    state: str
+    shape: tuple[int, ...]
+    start: int
+    view: torch.Tensor
+
+
+def parts(shards: Iterable[Shard], order: Mapping[str, int]) -> list[Part]:
+    """What this rank writes, so that all ranks together write every element once. `order`: of parameters, by name."""
+    found = []
+    for shard in shards:
+        begin, end = _share(shard, order[shard.name])
+        if begin < end:
+            found += [Part(shard.name, state, shard.shape, shard.start + begin, view[begin:end])
+                      for state, view in shard.views.items()]  # fmt: skip
+    return found
+
+
+def _share(shard: Shard, index: int) -> tuple[int, int]:
+    """The replica's range of the shard's own elements. Whose turn is first goes round, parameter by parameter."""
+    numel, turn = shard.views[WEIGHT].numel(), (shard.replica + index) % shard.replicas
+    each = -(-numel // (shard.replicas * ALIGN)) * ALIGN
+    return min(turn * each, numel), min((turn + 1) * each, numel)
+
+
+@final
+class HostBuffer:
+    """Memory of the host that a save copies the parts into; kept from save to save."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def take(self, of: Sequence[Part]) -> list[Part]:
+        """The same parts as copies. Returns when the copies are made."""
+        need = sum(part.view.numel() for part in of)
+        on_gpu = any(part.view.is_cuda for part in of)
+        if self._memory is None or self._memory.numel() < need:
+            self._memory = torch.empty(need, dtype=torch.float32, pin_memory=on_gpu)
+        at, copies = 0, []
+        for part in of:
+            copy = self._memory[at : at + part.view.numel()]
+            copy.copy_(part.view, non_blocking=on_gpu)
+            copies.append(part._replace(view=copy))
+            at += part.view.numel()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def key_of(name: str, state: str, offset: Sequence[int]) -> str:
+    return f"{state}:{name}@{','.join(map(str, offset))}"
+
+
+def _parse(key: str) -> tuple[str, str, tuple[int, ...]]:
+    """Parameter, state, offset."""
+    state, _, rest = key.partition(":")
+    name, _, offset = rest.rpartition("@")
+    return name, state, tuple(int(at) for at in offset.split(",") if at)
+
+
+def write_file(path: Path, of: Sequence[Part], blobs: Mapping[str, bytes]) -> File:
+    """The parts as boxes, and the blobs under their own names, in one safetensors file that is flushed to disk."""
+    import xxhash
+
+    entries: dict[str, Entry] = {}
+    for part in of:
+        for box in boxes(part.shape, part.start, part.view.numel()):
+            entries[key_of(part.name, part.state, box.offset)] = Entry("F32", box.sizes)
+    entries |= {name: Entry("U8", (len(blob),)) for name, blob in blobs.items()}
+    state, num_bytes = xxhash.xxh3_64(), 0
+    with path.open("wb", buffering=0) as file:
+        for chunk in _chunks(header(entries), of, blobs):
+            state.update(chunk)
+            left = memoryview(chunk)
+            while left:
+                left = left[file.write(left) or 0 :]
+            num_bytes += len(chunk)
+            reach("ckpt.mid")
+        os.fsync(file.fileno())
+    return File(num_bytes, state.hexdigest())
+
+
+def _chunks(head: bytes, of: Sequence[Part], blobs: Mapping[str, bytes]) -> Iterator[bytes | memoryview]:
+    """Everything in order, in large pieces: parts that lie side by side in memory are written together."""
+    yield head
+    for tensor in _joined(of):
+        for at in range(0, tensor.numel(), WRITE_BYTES // 4):
+            yield tensor[at : at + WRITE_BYTES // 4].cpu().contiguous().view(torch.uint8).numpy().data
+    yield from blobs.values()
+
+
+def _joined(of: Sequence[Part]) -> Iterator[torch.Tensor]:
+    run: torch.Tensor | None = None
+    for part in of:
+        view = part.view.detach()
+        after = run is not None and run.untyped_storage().data_ptr() == view.untyped_storage().data_ptr() and (
+            run.storage_offset() + run.numel() == view.storage_offset())  # fmt: skip
+        if run is not None and after:
+            run = torch.as_strided(run, (run.numel() + view.numel(),), (1,), run.storage_offset())
+            continue
+        if run is not None:
+            yield run
+        run = view
+    if run is not None:
+        yield run
+
+
+class _Run(NamedTuple):
+    """Elements of one state of one parameter that lie together in a file."""
+
+    start: int
+    numel: int
+    file: str
+    at: int
+    """Of the first byte."""
+
+
+@final
+class Reader:
+    """Any flat range of any parameter, out of whichever files hold it. Reads no byte that is not asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Reads the headers of all files. Raises CheckpointError where they do not hold every parameter whole."""
+        self.folder, self.manifest = folder, manifest
+        self._files: dict[str, int] = {}
+        self._runs: dict[tuple[str, str], list[_Run]] = {}
+        self._blobs: dict[str, dict[str, tuple[int, int]]] = {}
+        for file in manifest.files:
+            self._index(file)
+        for found in self._runs.values():
+            found.sort()
+        self._check_whole()
+
+    def _index(self, file: str) -> None:
+        blobs = self._blobs.setdefault(file, {})
+        for key, (entry, at) in read_header(self.folder / file).items():
+            if entry.dtype == "U8":
+                blobs[key] = at, entry.num_bytes
+                continue
+            name, state, offset = _parse(key)
+            parameter = self.manifest.parameters.get(name)
+            if parameter is None or len(offset) != len(parameter.shape) or any(
+                first + size > whole for first, size, whole in zip(offset, entry.shape, parameter.shape, strict=True)
+            ):  # fmt: skip
+                raise CheckpointError(f"{self.folder / file}: {key} is no part of a parameter of this checkpoint")
+            for start, numel in runs(parameter.shape, Box(offset, entry.shape)):
+                self._runs.setdefault((name, state), []).append(_Run(start, numel, file, at))
+                at += 4 * numel
+
+    def _check_whole(self) -> None:
+        for name, parameter in self.manifest.parameters.items():
+            for state in parameter.states:
+                end, numel = 0, int(torch.Size(parameter.shape).numel())
+                for run in self._runs.get((name, state), []):
+                    if run.start != end:
+                        break
+                    end += run.numel
+                if end != numel:
+                    raise CheckpointError(f"{self.folder}: {state} of {name} is not whole: {end:,} of its {numel:,} "
+                                          f"elements are there, or some are there twice")  # fmt: skip
+
+    def read_into(self, name: str, state: str, start: int, out: torch.Tensor) -> None:
+        """Fill the 1-D fp32 tensor `out`, on any device, with elements [start, start + out.numel())."""
+        target = out if out.device.type == "cpu" and out.is_contiguous() else torch.empty(out.shape)
+        found = self._runs[name, state]
+        at, end = start, start + out.numel()
+        raw = target.detach().view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
+        first = bisect.bisect_right(found, start, key=lambda run: run.start) - 1
+        for run in found[max(0, first) :]:
+            if at == end:
+                break
+            count = min(end, run.start + run.numel) - at
+            if count > 0:
+                place = run.at + 4 * (at - run.start)
+                self._read(run.file, place, raw[4 * (at - start) : 4 * (at - start + count)])
+                at += count
+        assert at == end, (name, state, start, end, at)
+        if target is not out:
+            out.copy_(target)
+
+    def blobs(self, file: str) -> dict[str, bytes]:
+        """What one rank wrote besides its parts; empty where there is no such file."""
+        found = {}
+        for name, (at, num_bytes) in self._blobs.get(file, {}).items():
+            raw = bytearray(num_bytes)
+            self._read(file, at, memoryview(raw))
+            found[name] = bytes(raw)
+        return found
+
+    def _read(self, file: str, at: int, into: memoryview) -> None:
+        path = self.folder / file
+        if file not in self._files:
+            self._files[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        while into:
+            count = os.preadv(self._files[file], [into], at)
+            if count <= 0:
+                raise CheckpointError(f"{path}: ended while it was read")
+            at, into = at + count, into[count:]
+
+    def close(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()

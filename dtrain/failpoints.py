@@ -1,0 +1,40 @@
+"""Named places where a test ends or delays this process, as a power cut would: by the environment, never by accident.
+
+`DTRAIN_FAIL=ckpt.manifest:kill` kills every process that comes to that place; `ckpt.tensors:kill:rank=1:after=2` the
+one of rank 1, at the third time; `ckpt.tensors:sleep=0.5` waits there; `ckpt.tensors:full` fails as a full disk does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+VARIABLE = "DTRAIN_FAIL"
+_passed: dict[str, int] = {}
+
+
+def reach(name: str) -> None:
+    """Say that this process is at the place `name`."""
+    said = os.environ.get(VARIABLE)
+    if said is None:
+        return
+    for one in said.split(","):
+        place, what, *conditions = one.split(":")
+        if place != name:
+            continue
+        limits = dict(condition.split("=", 1) for condition in conditions)
+        if limits.get("rank", os.environ.get("RANK", "0")) != os.environ.get("RANK", "0"):
+            continue
+        _passed[one] = _passed.get(one, 0) + 1
+        if _passed[one] <= int(limits.get("after", "0")):
+            continue
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what.startswith("sleep="):
+            time.sleep(float(what.removeprefix("sleep=")))
+        elif what == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            raise ValueError(f"{VARIABLE}={said}: {what}: none of kill, sleep=SECONDS, full")
