@@ -61,6 +61,8 @@ class Saving:
     every_steps: int
     at_end: bool
     stop_on_error: bool
+    told: Callable[[Saved], None] = lambda saved: None
+    """Hears on every rank what became of each save."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,10 +207,11 @@ class Engine:
             return
         self._save_s = saved.write_s
         self._note(saved.line())
+        assert self._saving is not None
+        self._saving.told(saved)
         if saved.error is None:
             return
         self._saved_step = -1
-        assert self._saving is not None
         if self._saving.stop_on_error:
             raise StorageError(f"{saved.line()}; the checkpoints before it are whole. checkpoint.on_error=warn goes on")
 

@@ -19,6 +19,7 @@ from dtrain.plan.world import World
 from dtrain.runs import RunDir, die_with_parent, record_failure, redirect
 
 if TYPE_CHECKING:
+    from dtrain.checkpoint.saver import Saved
     from dtrain.checkpoint.storage import Reader
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
@@ -177,7 +178,16 @@ def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]
         every_steps=policy.every_steps,
         at_end=policy.at_end,
         stop_on_error=policy.on_error == "stop",
+        told=lambda saved: _record(run, attempt, saved) if built.comm.rank == 0 else None,
     )
+
+
+def _record(run: RunDir, attempt: int, saved: Saved) -> None:
+    fields = {"attempt": attempt, "step": saved.step, "pause_s": saved.pause_s, "write_s": saved.write_s}
+    if saved.error is None:
+        run.event("saved", **fields, bytes=saved.num_bytes, removed=list(saved.removed))
+    else:
+        run.event("save failed", **fields, error=saved.error)
 
 
 def _control(run: RunDir, config: Config, comm: AbstractComm, told: list[int]) -> Control:

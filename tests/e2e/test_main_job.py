@@ -50,7 +50,7 @@ def test_it_is_done(folder: Path, zero3) -> None:
             "export/config.json", "export/model.safetensors", "export/tokenizer.json"} <= left  # fmt: skip
     assert not [name for name in left if ".tmp" in name or name.endswith((".pt", ".bin", ".pkl"))]
     assert json.loads((run / "outcome.json").read_text())["kind"] == "done"
-    assert [event["kind"] for event in rows(run / "events.jsonl")] == ["launched", "training", "ended"]
+    assert [event["kind"] for event in rows(run / "events.jsonl")] == ["launched", "training", "saved", "ended"]
     manifest = json.loads((run / "manifest.json").read_text())
     assert (manifest["strategy"], manifest["size"], manifest["steps"]) == ("zero3", 2, 8)
     assert workers_of(run) == []
