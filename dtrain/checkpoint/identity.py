@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, same_cours
 
 
 def same_course(schedule: ScheduleSpec, steps: tuple[int, int], done: int) -> bool:
-    """Whether the schedule gives the steps that are done, and the next, the same rates for both lengths."""
-    factor: Callable[[int, int], float] = schedule.factor
-    return done < min(steps) and all(factor(step, steps[0]) == factor(step, steps[1]) for step in range(done + 1))
+    """Whether the schedule gives the steps that are done the same rates for both lengths: the run is then what it would
+    have been with the other length from the beginning.
+    """
+    return done <= min(steps) and all(schedule.factor(i, steps[0]) == schedule.factor(i, steps[1]) for i in range(done))
