@@ -146,8 +146,8 @@ class Trained:
     eval_loss: float
 
 
-def make_built(folder: Path, typed: list[str]) -> Any:
-    """dtrain's own engine for what was typed; call it on every rank."""
+def make_built(folder: Path, typed: list[str], *, resume: Any = None) -> Any:
+    """dtrain's own engine for what was typed; call it on every rank. `resume`: a checkpoint's Reader."""
     from dtrain.comm import TorchComm
     from dtrain.config.compose import compose
     from dtrain.config.validate import validate
@@ -157,7 +157,7 @@ def make_built(folder: Path, typed: list[str]) -> Any:
     config = validate(compose(typed).values)
     world = World.from_env("cpu")
     rows = (RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
-    return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0)
+    return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0, resume=resume)
 
 
 def train(folder: Path, typed: list[str]) -> Trained:
