@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from dtrain.trackers.base import AbstractTracker
 
 T = TypeVar("T")
+OnLong = Literal["auto", "split", "truncate", "drop", "error"]
+"""What becomes of an example of more than `max_length` tokens: cut into pieces, cut off at the end, left out, refused.
+`auto` splits a text, so that all of it is learned, and truncates anything else, whose pieces would lack their
+beginning. Each case is counted and told."""
+OnBadRow = Literal["error", "skip"]
+"""What becomes of a row that cannot be used. Each is counted and told."""
 _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, allow_inf_nan=False)
 
 
@@ -90,6 +96,13 @@ class DatasetSpec(AbstractSpec):
     group = "dataset"
     max_length: int
     packing: bool
+    on_long: OnLong
+    on_bad_row: OnBadRow
+    max_bad_fraction: float
+
+    def notes(self) -> list[str]:
+        """How the rows are read, found by looking at the first of them, a line each. Raises DataError."""
+        return []
 
     @abstractmethod
     def examples(self) -> Iterator[Example]:

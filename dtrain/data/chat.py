@@ -14,6 +14,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dtrain.datasets.badrows import BadRowError
 from dtrain.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -23,10 +24,6 @@ _OPEN, _CLOSE = (f"\x02{os.urandom(8).hex()}{end}\x03" for end in "<>")
 
 
 _MARKED = re.compile(r"{%[-+]?\s*generation\b")
-
-
-class BadRowError(DataError):
-    """One row that cannot be used; others may."""
 
 
 @final

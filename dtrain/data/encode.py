@@ -14,16 +14,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from dtrain.config.spec import ObjectiveSpec
-from dtrain.data.chat import BadRowError
+from dtrain.config.spec import ObjectiveSpec, OnLong
 from dtrain.data.rows import Row
 from dtrain.data.tokenizer import TextTokenizer
-from dtrain.datasets.badrows import BadRows
-from dtrain.datasets.base import Example, OnLong, Skipped
+from dtrain.datasets.badrows import BadRowError, BadRows
+from dtrain.datasets.base import Example, Skipped
 from dtrain.errors import DataError
 
 _CHUNK = 256
 _SAY_EVERY_S = 10.0
+_SKIPPED, _LEFT_OUT = "skipped: {}", "bad, left out: {}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,21 +49,24 @@ def encode_all(
     tokenizer: TextTokenizer,
     limit: Limit,
     *,
+    bad: BadRows,
     seed: int,
     say: Callable[[str], None],
 ) -> Documents:
-    """Encode in parallel; the outcome is in the order of `examples`. Raises DataError with all that is wrong."""
+    """Encode in parallel; the outcome is in the order of `examples`. `bad` says what becomes of a row that cannot be
+    used. Raises DataError with all that is wrong.
+    """
     rows: list[Row] = []
     shares: list[float] = []
     counts: Counter[str] = Counter()
-    bad = BadRows()
     told = time.monotonic()
-    for example, row in _encoded(_counted(examples, counts), objective, tokenizer):
+    for example, row in _encoded(_counted(examples, counts, bad), objective, tokenizer):
         try:
             pieces = _fit(_found(row), limit, counts)
         except BadRowError as error:
-            bad.add(f"{example.source}: {error}")
+            counts[_LEFT_OUT.format(bad.add(example.source, error).reason)] += 1
             continue
+        bad.num_good += 1
         share = _share(example, seed)
         for piece in pieces:
             if piece.targets.any():
@@ -74,7 +77,7 @@ def encode_all(
         if time.monotonic() - told > _SAY_EVERY_S:
             told = time.monotonic()
             say(f"data: {counts['read']:,} documents so far")
-    bad.raise_if_any()
+    bad.check()
     return Documents(rows, np.array(shares, np.float64), counts)
 
 
@@ -92,12 +95,14 @@ def _encoded(
             yield from zip(chunk, pool.map(encode, chunk), strict=True)
 
 
-def _counted(examples: Iterable[Example], counts: Counter[str]) -> Iterator[Example]:
+def _counted(examples: Iterable[Example], counts: Counter[str], bad: BadRows) -> Iterator[Example]:
     """Only what can be encoded, all of one shape. Raises DataError."""
     shape: type[Example] | None = None
     for example in examples:
         if isinstance(example, Skipped):
-            counts[f"skipped: {example.reason}"] += 1
+            if example.bad:
+                bad.count(example)
+            counts[(_LEFT_OUT if example.bad else _SKIPPED).format(example.reason)] += 1
             continue
         shape = shape or type(example)
         if type(example) is not shape:

@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.config.spec import DatasetSpec, ModelSpec, ObjectiveSpec
+from dtrain.config.spec import DatasetSpec, ModelSpec, ObjectiveSpec, OnLong
 from dtrain.data.tokenizer import TextTokenizer, tokenizer_digest
-from dtrain.datasets.base import SHAPES, Chat, Example, OnLong, Skipped
+from dtrain.datasets.badrows import BadRows
+from dtrain.datasets.base import SHAPES, Example, Skipped, Text
 from dtrain.errors import DataError
 from dtrain.folders import discard, remove_leftovers, whole_folder
 
@@ -77,6 +78,8 @@ def prepare(
     Any number of processes may do this at once. Raises DataError, ModelError.
     """
     try:
+        for note in dataset.notes():
+            say(f"data: {note}")
         assets = model.assets(lambda: _texts(dataset), cache)
         parts = _parts(dataset, objective, tokenizer_digest(assets), eval_fraction=eval_fraction, seed=seed)
         final = cache / f"data-{_key(parts)}"
@@ -189,7 +192,9 @@ def _build(
     examples = dataset.examples()
     shape, examples = _peek(examples)
     limit = Limit(dataset.max_length, _on_long(dataset, shape))
-    documents = encode_all(examples, objective.resolve(shape), tokenizer, limit, seed=parts["run.seed"], say=say)
+    documents = encode_all(
+        examples, objective.resolve(shape), tokenizer, limit, bad=BadRows.of(dataset), seed=parts["run.seed"], say=say
+    )
     if not documents.rows:
         raise _nothing(documents.counts)
     held = hold_out(documents.shares, parts["eval.fraction"])
@@ -267,7 +272,6 @@ def _join(rows: list[Row], state: Any) -> Row:
 
 
 def _on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
-    policy: OnLong = getattr(dataset, "on_long", "auto")
-    if policy == "auto":
-        return "truncate" if issubclass(shape, Chat) else "split"
-    return policy
+    if dataset.on_long == "auto":
+        return "split" if issubclass(shape, Text) else "truncate"
+    return dataset.on_long

@@ -109,7 +109,7 @@ class TextTokenizer:
         A token is a target when its first character is the assistant's. Raises BadRowError for a conversation that
         cannot be used, DataError for a tokenizer that cannot chat.
         """
-        from dtrain.data.chat import BadRowError
+        from dtrain.datasets.badrows import BadRowError
 
         if self._template is None:
             raise DataError(f"model.path: the tokenizer in {self._folder} has no chat template, and the rows are "

@@ -9,13 +9,11 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import IO, Any, cast
 
-from pydantic import Field
-
-from dtrain.config.spec import DatasetSpec, spec
-from dtrain.datasets.badrows import BadRows
-from dtrain.datasets.base import Chat, OnLong, Text
+from dtrain.config.spec import spec
+from dtrain.datasets.badrows import BadRowError, BadRows
+from dtrain.datasets.base import AbstractRows, Chat, Skipped, Text
 from dtrain.errors import DataError
 
 _HASHED_WHOLE = 32 * 2**20
@@ -24,39 +22,34 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @spec
-class Jsonl(DatasetSpec):
+class Jsonl(AbstractRows):
     path: str | list[str]
     """A file, a pattern such as `data/*.jsonl`, or a list of these; relative to where you type the command. Each row
     has `text`, or `messages` as a list of `{role, content}`. A name that ends in `.gz` is unpacked while reading."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens in a row."""
-    packing: bool = True
-    """Several documents in a row, each seeing only itself; else one document a row."""
-    on_long: OnLong = "auto"
 
     def problems(self) -> list[str]:
         return self._find()[1]
 
-    def examples(self) -> Iterator[Text | Chat]:
+    def examples(self) -> Iterator[Text | Chat | Skipped]:
         files, problems = self._find()
         if problems:
             raise DataError.of(problems)
-        bad = BadRows()
+        bad = BadRows.of(self)
         shape: type[Text | Chat] | None = None
         for file in files:
-            for source, line in _lines(file, bad):
+            for source, line in _lines(file):
                 try:
                     example = _example(source, line)
-                except _BadLineError as error:
-                    bad.add(f"{source}: {error}")
+                    shape = shape or type(example)
+                    if type(example) is not shape:
+                        raise BadRowError(f"has `{_KEYS[type(example)]}`, and the rows before have "
+                                            f"`{_KEYS[shape]}`; keep one kind in a dataset")  # fmt: skip
+                except BadRowError as error:
+                    yield bad.add(source, error)
                     continue
-                shape = shape or type(example)
-                if type(example) is shape:
-                    yield example
-                else:
-                    bad.add(f"{source}: has `{_KEYS[type(example)]}`, and the rows before have `{_KEYS[shape]}`; keep "
-                            f"one kind in a dataset")  # fmt: skip
-        bad.raise_if_any()
+                bad.num_good += 1
+                yield example
+        bad.check()
 
     def digest(self) -> str:
         """Of the content, so that a touched or copied file is the same; of a large file, of its place, size, time and
@@ -96,10 +89,6 @@ class Jsonl(DatasetSpec):
 _KEYS: dict[type[Text | Chat], str] = {Text: "text", Chat: "messages"}
 
 
-class _BadLineError(Exception):
-    """The reason why a line is not an example."""
-
-
 def _matching(path: Path) -> list[Path]:
     """By name; a file whose name looks like a pattern is that file."""
     if path.exists():
@@ -132,8 +121,8 @@ def _hash(file: Path, opened: IO[bytes], state: Any) -> None:
         state.update(opened.read())
 
 
-def _lines(file: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
-    """`file:line` and text of each line that is not blank."""
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    """`file:line` and content of each line that is not blank. Raises DataError."""
     number = 0
     try:
         with _open(file) as opened:
@@ -142,66 +131,65 @@ def _lines(file: Path, bad: BadRows) -> Iterator[tuple[str, str]]:
                 data = raw.removeprefix(_BOM).strip() if number == 1 else raw.strip()
                 if not data:
                     continue
-                try:
-                    yield source, data.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    bad.add(f"{source}: not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8")
+                yield source, data
     except (OSError, EOFError, zlib.error) as error:
-        bad.add(f"{file}:{number + 1}: cannot be read: {error}")
+        raise DataError(f"{file}:{number + 1}: cannot be read: {error}") from error
 
 
 def _open(file: Path) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
 
 
-def _example(source: str, line: str) -> Text | Chat:
-    """Raises _BadLineError."""
+def _example(source: str, line: bytes) -> Text | Chat:
+    """Raises BadRowError."""
     try:
-        row = json.loads(line, object_pairs_hook=_object)
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise _BadLineError(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise BadRowError(f"not JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        raise _BadLineError(f"not JSON: {error}") from error
+        raise BadRowError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise _BadLineError(f"{_kind(row)} instead of an object; each line is to be one `{{...}}`")
+        raise BadRowError(f"{_kind(row)} instead of an object; each line is to be one `{{...}}`")
     keys = [key for key in _KEYS.values() if key in row]
     if len(keys) != 1:
         has = "both `text` and `messages`" if keys else f"neither `text` nor `messages`, but {_listed(row)}"
-        raise _BadLineError(f"has {has}")
+        raise BadRowError(f"has {has}")
     if keys == ["text"]:
         if not _string(row["text"], "`text`").strip():
-            raise _BadLineError("`text` is empty")
+            raise BadRowError("`text` is empty")
         return Text(source, row["text"])
     if "tools" in row:
-        raise _BadLineError("has `tools`, which this version would not show to the model; remove them")
+        raise BadRowError("has `tools`, which this version would not show to the model; remove them")
     return Chat(source, _messages(row["messages"]))
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list):
-        raise _BadLineError(f"`messages` is {_kind(messages)} instead of a list")
+        raise BadRowError(f"`messages` is {_kind(messages)} instead of a list")
     if not messages:
-        raise _BadLineError("`messages` is empty")
+        raise BadRowError("`messages` is empty")
     for i, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise _BadLineError(f"message {i} is {_kind(message)} instead of an object")
+            raise BadRowError(f"message {i} is {_kind(message)} instead of an object")
         for key in ("role", "content"):
             if key not in message:
-                raise _BadLineError(f"message {i} has no `{key}`, but {_listed(message)}")
+                raise BadRowError(f"message {i} has no `{key}`, but {_listed(message)}")
             _string(message[key], f"`{key}` of message {i}")
         if not message["role"]:
-            raise _BadLineError(f"message {i} has an empty `role`")
+            raise BadRowError(f"message {i} has an empty `role`")
     return messages
 
 
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _BadLineError(f"{name} is {_kind(value)} instead of a string")
+        raise BadRowError(f"{name} is {_kind(value)} instead of a string")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise _BadLineError(f"{name} has half a surrogate pair at character {error.start + 1}") from error
+            raise BadRowError(f"{name} has half a surrogate pair at character {error.start + 1}") from error
     return value
 
 

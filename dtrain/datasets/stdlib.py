@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dtrain.config.spec import DatasetSpec, spec
-from dtrain.datasets.base import OnLong, Skipped, Text
+from dtrain.config.spec import spec
+from dtrain.datasets.base import AbstractRows, Skipped, Text
 
 _LARGEST_BYTES = 200_000
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
@@ -20,12 +20,8 @@ _TABLES = {"encodings", "pydoc_data"}
 
 
 @spec
-class Stdlib(DatasetSpec):
+class Stdlib(AbstractRows):
     max_length: Annotated[int, Field(ge=2)] = 256
-    """Tokens in a row."""
-    packing: bool = True
-    """Several documents in a row, each seeing only itself; else one document a row."""
-    on_long: OnLong = "auto"
     max_files: Annotated[int, Field(ge=1)] | None = 250
     """The first so many files by name, about 4 MB; all of them, about 9 MB, when null."""
 

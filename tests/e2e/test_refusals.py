@@ -67,7 +67,7 @@ def test_fewer_rows_than_a_global_batch(here: Path, capsys) -> None:
 def test_rows_that_are_no_rows(here: Path, capsys) -> None:
     (here / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n\n{"txt": "three"}\n{"text": 5}\n')
     said = _refused(capsys, "launch", *SMALL, "dataset.path=bad.jsonl")
-    assert said.splitlines()[0] == "error: dataset: 3 bad rows; repair or remove:"
+    assert said.splitlines()[0] == "error: dataset: 3 bad rows; repair or remove, or set dataset.on_bad_row=skip:"
     for line in (
         "bad.jsonl:2: not JSON",
         "bad.jsonl:4: has neither `text` nor `messages`, but `txt`",

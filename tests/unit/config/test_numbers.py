@@ -96,6 +96,7 @@ def test_what_no_number_may_be(path: str, typed: str, key: str) -> None:
 
 
 ZERO = {"run.seed", "train.grad_clip", "eval.every_steps", "eval.fraction", "checkpoint.every_steps", "optim.weight_decay",
+        "dataset.max_bad_fraction",
         "schedule.warmup_steps", "schedule.min_factor", "schedule.decay_fraction", "strategy.prefetch_bucket_size",
         "strategy.param_persistence_threshold", "strategy.max_reuse_distance"}  # fmt: skip
 """Keys for which 0 means something."""
@@ -105,7 +106,7 @@ ZERO = {"run.seed", "train.grad_clip", "eval.every_steps", "eval.fraction", "che
     ("path", "typed", "key"), CASES, ids=[f"{typed}.{key}" if typed else f"{path}.{key}" for path, typed, key in CASES]
 )
 def test_zero(path: str, typed: str, key: str) -> None:
-    said = _said(path, typed, key, 0)
+    said = "\n".join(line for line in _said(path, typed, key, 0).splitlines() if ": not given" not in line)
     assert bool(said) == (f"{path}.{key}" not in ZERO), said or f"{path}.{key}=0 was accepted"
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from dtrain.data.chat import BadRowError, ChatTemplate
+from dtrain.data.chat import ChatTemplate
 from dtrain.data.tokenizer import TextTokenizer
+from dtrain.datasets.badrows import BadRowError
 from dtrain.errors import DataError
 from tests.unit.data.fakes import CHATML, LLAMA3, SPECIAL, write_tokenizer
 

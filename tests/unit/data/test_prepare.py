@@ -124,7 +124,7 @@ def test_rows_that_cannot_be_masked_are_told_together(tmp_path):
     with pytest.raises(DataError) as caught:
         make(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
     lines = str(caught.value).splitlines()
-    assert lines[0] == "dataset: 7 bad rows; repair or remove:"
+    assert lines[0] == "dataset: 7 bad rows; repair or remove, or set dataset.on_bad_row=skip:"
     assert lines[1] == f"  {tmp_path}/a.jsonl:2: no assistant turn, so nothing to learn"
     assert lines[-1] == "  ... and 2 more"
 

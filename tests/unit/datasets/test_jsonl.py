@@ -46,7 +46,7 @@ def test_gzip(tmp_path):
     path.write_bytes(data)
     assert len(read(path)) == 1000
     path.write_bytes(data[:-20])  # a download that stopped
-    assert "cannot be read" in problems(path)[1]
+    assert "cannot be read" in problems(path)[0]
 
 
 # Each bad row, and what is said of it.
@@ -80,14 +80,14 @@ BAD = [
 @pytest.mark.parametrize(("row", "expected"), BAD)
 def test_a_bad_row_is_named(tmp_path, row, expected):
     title, reason = problems(write(tmp_path / "a.jsonl", row))
-    assert title == "dataset: 1 bad row; repair or remove:"
+    assert title == "dataset: 1 bad row; repair or remove, or set dataset.on_bad_row=skip:"
     assert reason == expected or reason.startswith(f"{expected} ")
 
 
 def test_the_first_five_are_told_and_all_are_counted(tmp_path):
     rows = [{"text": "fine"}, *[{"text": i} for i in range(7)], {"text": "fine"}, CHAT]
     told = problems(write(tmp_path / "a.jsonl", *rows))
-    assert told[0] == "dataset: 8 bad rows; repair or remove:"
+    assert told[0] == "dataset: 8 bad rows; repair or remove, or set dataset.on_bad_row=skip:"
     assert [line.split(" ")[0] for line in told[1:6]] == [f"F:{number}:" for number in range(2, 7)]
     assert told[6] == "... and 3 more"
 
