@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dtrain.config.schema import Config
+from dtrain.config.schema import Checkpoint, Config
 from dtrain.plan.memory import Memory
 from dtrain.plan.plan import Plan
 
@@ -50,6 +50,7 @@ def _settled(config: Config, plan: Plan) -> list[str]:
         f"length     {steps}, each of at most {plan.batch.global_batch * plan.length:,} tokens",
         f"optimizer  {_name(config.optim)}, rate {plan.lr:g}, {schedule}; {clip}",
         f"eval       {_eval(config)}",
+        f"saves      {_saves(config.checkpoint, plan.checkpoint_bytes)}",
         f"output     export in {dtype}; trackers {', '.join(config.tracker) or 'none'}",
     ]
 
@@ -64,6 +65,18 @@ def _eval(config: Config) -> str:
     when = f"every {config.eval.every_steps} steps and at the end" if config.eval.every_steps else "at the end"
     most = f", at most {config.eval.max_rows} rows of them" if config.eval.max_rows else ""
     return f"{when}, on {config.eval.fraction * 100:g} % of the documents, held out{most}"
+
+
+def _saves(when: Checkpoint, num_bytes: int) -> str:
+    """When a checkpoint is made, how large each is, and which stay."""
+    times = [f"every {when.every_steps} steps"] if when.every_steps else []
+    times += [f"every {when.every_minutes:g} min"] if when.every_minutes else []
+    times += ["at the end"] if when.at_end else []
+    stay = [f"the newest {when.keep_last}"]
+    stay += [f"each of {when.keep_every} steps"] if when.keep_every else []
+    stay += [f"the best by {when.best_by}"] if when.best_by else []
+    size = f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:,.1f} MB"
+    return f"{', '.join(times) or 'when asked, or told to stop'}; {size} each; {', '.join(stay)} stay"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

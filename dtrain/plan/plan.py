@@ -39,6 +39,8 @@ class Plan:
     """Per rank, by strategy: the chosen one and those it was chosen from."""
     capacity_bytes: int
     """Memory of one device; of a rank's share of the machine on CPU."""
+    checkpoint_bytes: int
+    """Of one checkpoint: fp32 masters and optimizer state of what is trained."""
     notes: tuple[str, ...]
     """What was decided for the user, and why."""
 
@@ -86,7 +88,7 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     memory = {key: room.memory(one, micro) for key, one in concrete.items()}
     return Plan(
         topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), _lr(config, notes),
-        config.dataset.max_length, memory, capacity, tuple(notes),
+        config.dataset.max_length, memory, capacity, (4 + need.state_bytes) * need.num_trainable, tuple(notes),
     )  # fmt: skip
 
 

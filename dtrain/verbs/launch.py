@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,6 +106,7 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
         _say(line)
     _say(f"objective: {type(prepared.objective).__name__.lower()}")
     settled = settle(config, plan, proposal.strategies, prepared.objective, prepared.num_rows)
+    _warn_of_room(run, settled, plan.checkpoint_bytes)
     said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets)
     with run.lock(note=_say):
         for path in remove_leftovers(run.checkpoints, mine=True):
@@ -161,6 +163,17 @@ def _refuse_done(run: RunDir, settled: Config, start: Start | None) -> None:
                        f"run.name, or remove {run.path}; train.steps=N with 'resume.allow=[train.steps]' goes on "
                        f"with it")  # fmt: skip
     raise RunError(f"train.steps={settled.train.steps}: {start.candidates[0]} is beyond that already")
+
+
+def _warn_of_room(run: RunDir, settled: Config, checkpoint_bytes: int) -> None:
+    """A save is refused where there is no room for it: better to know before the first step."""
+    there = next(folder for folder in run.path.parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    need = (settled.checkpoint.keep_last + 1) * checkpoint_bytes
+    if free < need:
+        _say(f"warning: {free / 1e9:,.2f} GB are free in {there}, and checkpoints take up to "
+             f"{need / 1e9:,.2f} GB (checkpoint.keep_last={settled.checkpoint.keep_last}, and the next): a save that "
+             f"finds no room fails")  # fmt: skip
 
 
 def _next_steps(run: RunDir) -> str:
