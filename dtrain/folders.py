@@ -41,26 +41,34 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder at once for all who look for it; those who have its files open keep them."""
+    """Remove what is there at once for all who look for it; those who have its files open keep them."""
     aside = temporary(folder.parent)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         folder.rename(aside)
+    except FileNotFoundError:
+        return
     reach("discard")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
 
 
 def remove_leftovers(parent: Path, *, mine: bool = False) -> list[Path]:
-    """Remove what processes of this machine left unfinished when they were killed; returns what was removed.
+    """Remove what processes of this machine left unfinished when they were killed; returns what is gone now.
 
     `mine`: the caller is the only one who writes here, so that whatever is unfinished is nobody's.
     """
     left = [path for path in parent.glob(f"{_PREFIX}*") if mine or _left(path)]
     for path in left:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return left
+        _remove(path)
+    return [path for path in left if not os.path.lexists(path)]
+
+
+def _remove(path: Path) -> None:
+    """As far as it can be; what a link names stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _left(path: Path) -> bool:
@@ -88,5 +96,8 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # some file systems have no such thing for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)

@@ -58,7 +58,8 @@ def find(path: Path) -> list[Path]:
 
     Raises CheckpointError where there are none.
     """
-    if (path / manifest.NAME).is_file() and not (path / "config.yaml").is_file():
+    of_checkpoint = manifest.step_of(path) is not None or (path / manifest.NAME).is_file()
+    if of_checkpoint and path.is_dir() and not (path / "config.yaml").is_file():
         return [path]
     for root in (path / "checkpoints", path):
         if found := committed(root):
@@ -139,12 +140,23 @@ def verified(candidates: Sequence[Path], comm: AbstractComm, note: Say) -> tuple
     """
     wrong: list[str] = []
     for folder in candidates:
-        read = manifest.read(folder)
-        mine = [item for i, item in enumerate(read.files.items()) if i % comm.size == comm.rank]
-        found = [one for said in comm.gather(json.dumps(digest_problems(folder, mine))) for one in json.loads(said)]
+        read, mine = _share(folder, comm)
+        found = list(dict.fromkeys(one for said in comm.gather(json.dumps(mine)) for one in json.loads(said)))
         if not found:
+            assert read is not None
             return folder, read
         wrong += found
         note(f"resume: passed over {folder}: {'; '.join(found[:3])}")
     raise CheckpointError("\n".join(["no checkpoint is what was written; restore one, or remove them to start from the "
                                      "beginning:", *(f"  {one}" for one in wrong)]))  # fmt: skip
+
+
+def _share(folder: Path, comm: AbstractComm) -> tuple[Manifest | None, list[str]]:
+    """The manifest, and what is wrong with it or with this rank's share of the files."""
+    try:
+        read = manifest.read(folder)
+    except CheckpointError as error:
+        return None, [str(error)]
+    return read, digest_problems(
+        folder, [item for i, item in enumerate(read.files.items()) if i % comm.size == comm.rank]
+    )

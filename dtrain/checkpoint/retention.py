@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.checkpoint import manifest
-from dtrain.checkpoint.verify import committed
+from dtrain.checkpoint.manifest import folder_name, step_of
+from dtrain.checkpoint.verify import committed, quick_problems
 from dtrain.config.schema import Checkpoint
-from dtrain.errors import CheckpointError
 from dtrain.failpoints import reach
 from dtrain.folders import discard
 
 LATEST, BEST = "latest", "best"
 
 
-def superfluous(steps: Mapping[int, Mapping[str, float]], policy: Checkpoint, pinned: Sequence[int] = ()) -> list[int]:
+def superfluous(
+    steps: Mapping[int, Mapping[str, float | None]], policy: Checkpoint, pinned: Sequence[int] = ()
+) -> list[int]:
     """Steps that need not stay, oldest first. `steps`: those there are, each with its metrics.
 
     The newest `keep_last` stay, each `keep_every`-th step, the best by `best_by`, and what is pinned.
@@ -30,7 +32,7 @@ def superfluous(steps: Mapping[int, Mapping[str, float]], policy: Checkpoint, pi
     return sorted(set(steps) - stay - ({found} if found is not None else set()))
 
 
-def best(steps: Mapping[int, Mapping[str, float]], policy: Checkpoint) -> int | None:
+def best(steps: Mapping[int, Mapping[str, float | None]], policy: Checkpoint) -> int | None:
     """The step that is best by `best_by`, the earlier one of equals; None where nothing was measured."""
     sign = 1 if policy.best_mode == "min" else -1
     values = {step: metrics.get(policy.best_by or "") for step, metrics in steps.items()}
@@ -38,42 +40,63 @@ def best(steps: Mapping[int, Mapping[str, float]], policy: Checkpoint) -> int | 
     return min(measured)[1] if measured else None
 
 
-def metrics_of(root: Path) -> dict[int, Mapping[str, float]]:
-    """Of every checkpoint under `root` that has a readable manifest, by step."""
-    found: dict[int, Mapping[str, float]] = {}
+def whole(root: Path) -> dict[int, Mapping[str, float | None]]:
+    """Metrics of every checkpoint under `root` whose manifest and sizes are right, by step."""
+    found: dict[int, Mapping[str, float | None]] = {}
     for folder in committed(root):
-        try:
-            one = manifest.read(folder)
-        except CheckpointError:
-            continue
-        found[one.step] = one.metrics
+        if not quick_problems(folder):
+            read = manifest.read(folder)
+            found[read.step] = read.metrics
     return found
 
 
 def pointers(root: Path) -> dict[str, str]:
-    """Files beside the checkpoints that name one of them: `latest`, `best`, and whatever a person puts there."""
-    if not root.is_dir():
+    """Files and links beside the checkpoints that name one: `latest`, `best`, and whatever a person puts there."""
+    try:
+        names = [path for path in sorted(root.iterdir()) if not path.name.startswith(".") and step_of(path) is None]
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    files = [path for path in sorted(root.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return {path.name: path.read_text(encoding="utf-8", errors="replace")[:200].strip() for path in files}
+    named = {path.name: _named(path) for path in names}
+    return {name: title for name, title in named.items() if title is not None}
+
+
+def _named(path: Path) -> str | None:
+    """What a pointer says; None where it is none. A link to a checkpoint is one too."""
+    if path.is_symlink():
+        return path.readlink().name
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(200).decode(errors="replace").strip()
 
 
 def point(root: Path, name: str, step: int) -> None:
     """Let `name` name the checkpoint of that step. A reader sees the old one or the new one."""
     path, tmp = root / name, root / f".tmp-{name}-{secrets.token_hex(4)}"
-    with tmp.open("w", encoding="utf-8") as file:
-        file.write(manifest.folder_name(step) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
+    try:
+        with tmp.open("w", encoding="utf-8") as file:
+            file.write(folder_name(step) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def due(root: Path, steps: Mapping[int, Mapping[str, float | None]], policy: Checkpoint) -> list[Path]:
+    """The checkpoints among `steps` that need not stay, as the pointers are now; a pointed one is never among them."""
+    named = set(pointers(root).values())
+    pinned = [step for step in steps if folder_name(step) in named]
+    return [root / folder_name(step) for step in superfluous(steps, policy, pinned)]
 
 
 def prune(root: Path, policy: Checkpoint, *, newest: int | None = None) -> list[Path]:
-    """Remove what need not stay, after the pointers are set; returns what was removed. A pointed one is never removed.
+    """Set the pointers, and remove what need not stay; returns what was removed. What is damaged does not count, so
+    that as many as the policy says are whole; it is left to the user.
 
     `newest`: the step just saved. Those of later steps, which a resumed run passed over, do not count.
     """
-    measured = {step: metrics for step, metrics in metrics_of(root).items() if newest is None or step <= newest}
+    measured = {step: metrics for step, metrics in whole(root).items() if newest is None or step <= newest}
     if not measured:
         return []
     point(root, LATEST, max(measured))
@@ -81,8 +104,7 @@ def prune(root: Path, policy: Checkpoint, *, newest: int | None = None) -> list[
     if found is not None:
         point(root, BEST, found)
     reach("ckpt.pointed")
-    pinned = [step for step in measured if manifest.folder_name(step) in pointers(root).values()]
-    removed = [root / manifest.folder_name(step) for step in superfluous(measured, policy, pinned)]
+    removed = due(root, measured, policy)
     for folder in removed:
         discard(folder)
     return removed

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 from dtrain.checkpoint import manifest, retention
 from dtrain.checkpoint.manifest import File, Manifest, folder_name
 from dtrain.checkpoint.storage import HostBuffer, Part, file_name, parts, write_file
-from dtrain.checkpoint.verify import committed
-from dtrain.errors import StorageError
+from dtrain.errors import CheckpointError, StorageError
 from dtrain.failpoints import reach
 from dtrain.folders import discard, sync, temporary
 
@@ -42,14 +43,26 @@ class Saved:
     error: str | None = None
     """Why there is no checkpoint of it."""
     removed: tuple[str, ...] = ()
-    """Older checkpoints that were removed after it. Known to rank 0."""
+    """Older checkpoints that were removed after it."""
+    problem: str | None = None
+    """What went wrong after it was committed, with pointers or older ones."""
 
     def line(self) -> str:
         """For the screen."""
         if self.error is not None:
             return f"step {self.step} was not saved: {self.error}"
-        return (f"saved step {self.step}: {self.num_bytes / 1e9:,.2f} GB in {self.write_s:.1f} s, of which training "
+        line = (f"saved step {self.step}: {self.num_bytes / 1e9:,.2f} GB in {self.write_s:.1f} s, of which training "
                 f"waited {self.pause_s:.2f} s")  # fmt: skip
+        return line if self.problem is None else f"{line}; but older ones may be left: {self.problem}"
+
+
+class _Commit(NamedTuple):
+    """What came of writing."""
+
+    num_bytes: int = 0
+    removed: tuple[str, ...] = ()
+    problem: str | None = None
+    error: str | None = None
 
 
 class AbstractSaver(Protocol):
@@ -125,8 +138,14 @@ class Saver:
         self._thread.start()
 
     def finished(self) -> Saved | None:
-        """What became of the last save, once; None where there is nothing new."""
-        return self._finished.pop(0) if self._finished and not self.busy else None
+        """What became of the last save, once; None where there is nothing new.
+
+        A failure is told after `wait` alone: all ranks must hear of it at the same step, and one knows it earlier than
+        another.
+        """
+        if not self._finished or (self._thread is not None and (self._thread.is_alive() or self.failed)):
+            return None
+        return self._finished.pop(0)
 
     def wait(self) -> None:
         """Until nothing of this rank is being written."""
@@ -136,18 +155,16 @@ class Saver:
 
     def _write(self, mine: list[Part], what: Manifest, blobs: Mapping[str, bytes], began: float,
                pause_s: float | None) -> None:  # fmt: skip
-        num_bytes, removed, error = 0, tuple[str, ...](), None
         try:
-            num_bytes, removed, error = self._commit(mine, what, blobs)
+            done = self._commit(mine, what, blobs)
         except Exception as raised:  # noqa: BLE001  the main thread tells it: here nobody would hear
-            error = f"{type(raised).__name__}: {raised}"
+            done = _Commit(error=f"{type(raised).__name__}: {raised}")
         took = time.perf_counter() - began
-        self._finished.append(Saved(what.step, num_bytes, took if pause_s is None else pause_s, took, error, removed))
+        self._finished.append(Saved(what.step, done.num_bytes, took if pause_s is None else pause_s, took, done.error,
+                                    done.removed, done.problem))  # fmt: skip
 
-    def _commit(
-        self, mine: list[Part], what: Manifest, blobs: Mapping[str, bytes]
-    ) -> tuple[int, tuple[str, ...], str | None]:
-        """Write, and put in place. Bytes, what was removed, and what went wrong, if anything. Collective."""
+    def _commit(self, mine: list[Part], what: Manifest, blobs: Mapping[str, bytes]) -> _Commit:
+        """Write, and put in place. Collective."""
         folder = Path()
         said, error = self._agreed(lambda: self._open(what) if self._comm.rank == 0 else {})
         if error is None:
@@ -158,10 +175,11 @@ class Saver:
             whole = dataclasses.replace(what, files=files)
             said, error = self._agreed(lambda: self._close(folder, whole) if self._comm.rank == 0 else {})
             if error is None:
-                return whole.num_bytes, tuple(said[0]["removed"]), None
+                return _Commit(whole.num_bytes, tuple(said[0]["removed"]), said[0]["problem"])
         if self._comm.rank == 0 and folder != Path():
-            discard(folder)
-        return 0, (), error
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                discard(folder)
+        return _Commit(error=error)
 
     def _agreed(self, do: Any) -> tuple[list[dict[str, Any]], str | None]:
         """What every rank's part gave, and the first error of any. Collective."""
@@ -178,7 +196,9 @@ class Saver:
 
     def _open(self, what: Manifest) -> dict[str, str]:
         """The folder that all write into; refused at once where there is no room."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        if not self._root.is_dir():
+            self._root.mkdir(parents=True)
+            sync(self._root.parent)
         need, free = expected_bytes(what) + SPARE_BYTES, shutil.disk_usage(self._root).free
         if free < need:
             raise StorageError(f"no space left: a checkpoint takes {need / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are "
@@ -205,13 +225,17 @@ class Saver:
         sync(folder)
         reach("ckpt.rename")
         final = self._root / folder_name(whole.step)
-        if final in committed(self._root):  # passed over when this attempt began: damaged
+        if os.path.lexists(final):  # passed over when this attempt began: damaged
             discard(final)
         folder.rename(final)
         sync(self._root)
         reach("ckpt.committed")
-        removed = retention.prune(self._root, self._policy, newest=whole.step)
-        return {"removed": [one.name for one in removed]}
+        removed, problem = [], None
+        try:
+            removed = retention.prune(self._root, self._policy, newest=whole.step)
+        except (OSError, CheckpointError) as error:  # it is committed all the same
+            problem = str(error)
+        return {"removed": [one.name for one in removed], "problem": problem}
 
 
 def expected_bytes(what: Manifest) -> int:

@@ -65,6 +65,7 @@ class HostBuffer:
         need = sum(part.view.numel() for part in of)
         on_gpu = any(part.view.is_cuda for part in of)
         if self._memory is None or self._memory.numel() < need:
+            self._memory = None  # before the new one is made
             self._memory = torch.empty(need, dtype=torch.float32, pin_memory=on_gpu)
         at, copies = 0, []
         for part in of:
@@ -224,7 +225,10 @@ class Reader:
     def _read(self, file: str, at: int, into: memoryview) -> None:
         path = self.folder / file
         if file not in self._files:
-            self._files[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._files[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:  # removed by the run that it is of, perhaps
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
         while into:
             count = os.preadv(self._files[file], [into], at)
             if count <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,23 +15,51 @@ CHUNK_BYTES = 1 << 24
 
 
 def committed(root: Path) -> list[Path]:
-    """The checkpoints under `root`, newest first by the step in their names, whatever clocks say. Unchecked."""
-    found = [(step, path) for path in _children(root) if (step := step_of(path)) is not None and path.is_dir()]
+    """The checkpoints under `root`, newest first by the step in their names, whatever clocks say. Unchecked.
+
+    Raises CheckpointError where there is something at `root` that cannot be listed: none is not what that means.
+    """
+    try:
+        children = list(root.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be listed ({error.strerror})") from None
+    found = [(step, path) for path in children if (step := step_of(path)) is not None and path.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def size_problems(folder: Path, of: Manifest) -> list[str]:
     """Files that are missing, too short, too long, or no part of the checkpoint. Reads no content."""
-    problems = []
-    for name, file in of.files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            problems.append(f"{path}: missing" if not path.is_symlink() else f"{path}: a link, not a file")
-        elif path.stat().st_size != file.bytes:
-            problems.append(f"{path}: has {path.stat().st_size:,} bytes instead of {file.bytes:,}")
+    return [*_size_problems(folder, of).values(), *_foreign(folder, of)]
+
+
+def _size_problems(folder: Path, of: Manifest) -> dict[str, str]:
+    """By file."""
+    return {name: problem for name, file in of.files.items() if (problem := _size_problem(folder / name, file))}
+
+
+def _foreign(folder: Path, of: Manifest) -> list[str]:
     known = {*of.files, manifest.NAME}
-    problems += [f"{path}: no file of this checkpoint" for path in _children(folder) if path.name not in known]
-    return problems
+    try:
+        foreign = sorted(path for path in folder.iterdir() if path.name not in known)
+    except OSError as error:
+        return [f"{folder}: cannot be listed ({error.strerror})"]
+    return [f"{path}: no file of this checkpoint" for path in foreign]
+
+
+def _size_problem(path: Path, file: File) -> str | None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path}: {'a link' if stat.S_ISLNK(found.st_mode) else 'something else'}, not a file"
+    if found.st_size != file.bytes:
+        return f"{path}: has {found.st_size:,} bytes instead of {file.bytes:,}"
+    return None
 
 
 def digest_problems(folder: Path, files: Iterable[tuple[str, File]]) -> list[str]:
@@ -46,9 +75,9 @@ def problems(folder: Path) -> list[str]:
         read = manifest.read(folder)
     except CheckpointError as error:
         return [str(error)]
-    found = [*_step_problem(folder, read), *size_problems(folder, read)]
-    named = {problem.split(": ", 1)[0] for problem in found}
-    return found + digest_problems(folder, [item for item in read.files.items() if str(folder / item[0]) not in named])
+    by_size = _size_problems(folder, read)
+    found = [*_step_problem(folder, read), *by_size.values(), *_foreign(folder, read)]
+    return found + digest_problems(folder, [item for item in read.files.items() if item[0] not in by_size])
 
 
 def quick_problems(folder: Path) -> list[str]:
@@ -80,10 +109,3 @@ def _digest_problem(path: Path, file: File) -> str | None:
     if state.hexdigest() != file.xxh3:
         return f"{path}: its content differs from what was written (xxh3 is {state.hexdigest()}, not {file.xxh3})"
     return None
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
