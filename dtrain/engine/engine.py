@@ -17,7 +17,7 @@ from dtrain.engine.control import Control, why
 from dtrain.engine.evaluate import evaluate
 from dtrain.engine.state import State
 from dtrain.engine.step import Objective, StepResult, train_step
-from dtrain.errors import StorageError
+from dtrain.errors import NonFiniteError, StorageError
 from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
 
 if TYPE_CHECKING:
@@ -95,11 +95,15 @@ class Engine:
         course = self._course
         loader = Loader(self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id)
         self._agree()
-        self._eval_if_due()
-        while self._state.step < course.steps and not self._stop:
-            self._train_one(loader)
+        try:
             self._eval_if_due()
-            self._save_if_due()
+            while self._state.step < course.steps and not self._stop:
+                self._train_one(loader)
+                self._eval_if_due()
+                self._save_if_due()
+        except NonFiniteError:  # on all ranks; what is being written is of an earlier step, and good
+            self._saver.wait()
+            raise
         if self._stop or (saving and saving.at_end):
             self._save()
         self._hear_all()

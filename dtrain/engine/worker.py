@@ -134,20 +134,22 @@ def _shared(run: RunDir, comm: AbstractComm) -> None:
 
     from dtrain.errors import RunError
 
-    path = run.path / f".seen-{comm.gather(secrets.token_hex(8))[0]}"
+    path = run.checkpoints / f".tmp-seen-{comm.gather(secrets.token_hex(8))[0]}"
     if comm.rank == 0:
+        path.parent.mkdir(exist_ok=True)
         path.touch()
     comm.barrier()
     deadline = time.monotonic() + 30  # a network file system may show it late
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-        os.listdir(run.path)  # noqa: PTH208  has some of them look again
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # noqa: PTH208  has some of them look again
     blind = [rank for rank, said in enumerate(comm.gather(str(int(seen)))) if said == "0"]
     if comm.rank == 0:
         path.unlink(missing_ok=True)
     if blind:
-        raise RunError(f"run.dir: ranks {blind[:8]} do not see what rank 0 writes to {run.path}; run.dir must be on a "
-                       f"file system that all nodes share")  # fmt: skip
+        raise RunError(f"run.dir: ranks {blind[:8]} do not see what rank 0 writes to {path.parent}; run.dir must be on "
+                       f"a file system that all nodes share")  # fmt: skip
 
 
 def _resume(manifest: dict[str, object], comm: AbstractComm, say: list[str]) -> Reader | None:

@@ -51,6 +51,13 @@ def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[st
     return judge(run, attempt, returncode=job.returncode, told=job.told, forced=job.forced, ended=job.ended)
 
 
+def end_left(run: RunDir) -> int:
+    """End what a launcher that was killed has left running here, once it had the time to save; returns how many that
+    were. To be called by the holder of the run's lock.
+    """
+    return sweep(run.path, patience_s=STOPPING_S)
+
+
 def _to_stderr(line: str) -> None:
     # On a terminal the run's own lines are redrawn in place, two of them: step out of their way.
     sys.stderr.write(f"\n{line}\n\n" if sys.stderr.isatty() else line + "\n")

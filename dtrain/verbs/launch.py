@@ -80,7 +80,6 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     from dtrain.config.schema import seconds
     from dtrain.data.prepare import prepare
     from dtrain.data.tokenizer import tokenizer_digest
-    from dtrain.folders import remove_leftovers
     from dtrain.launchers.supervise import supervise
     from dtrain.launchers.verdict import explain
     from dtrain.plan.describe import describe
@@ -99,6 +98,7 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
                                         shlex.join(command.argv)]))  # fmt: skip
         return 0
     check(run.path)
+    check(run.checkpoints)  # it may be a link to another disk
     cache = Path(config.run.cache) if config.run.cache else Path(config.run.dir) / ".cache"
     prepared = prepare(config.dataset, config.objective, config.model, eval_fraction=config.eval.fraction,
                        seed=config.run.seed, cache=cache.absolute(), say=_say)  # fmt: skip
@@ -109,8 +109,7 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     _warn_of_room(run, settled, plan.checkpoint_bytes)
     said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets)
     with run.lock(note=_say):
-        for path in remove_leftovers(run.checkpoints, mine=True):
-            _say(f"removed {path}, which a killed save left")
+        _clean(run)
         start = choose(run, settled, said, _say)
         _refuse_done(run, settled, start)
         attempt = run.new_attempt()
@@ -125,6 +124,17 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     if outcome.exit_code == 0:
         print(_next_steps(run), flush=True)
     return outcome.exit_code
+
+
+def _clean(run: RunDir) -> None:
+    """End and remove what a launch that was killed has left."""
+    from dtrain.folders import remove_leftovers
+    from dtrain.launchers.supervise import end_left
+
+    if left := end_left(run):
+        _say(f"ended {left} processes of this run, which a killed launch had left")
+    for path in remove_leftovers(run.checkpoints, mine=True):
+        _say(f"removed {path}, which a killed save left")
 
 
 def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prepared: Prepared,
