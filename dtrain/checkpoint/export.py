@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from dtrain.checkpoint.safetensors import DTYPES, Writer, plan_shards
+from dtrain.checkpoint.manifest import Manifest
+from dtrain.checkpoint.safetensors import DTYPES, Writer, plan_shards, read_header
+from dtrain.checkpoint.storage import WEIGHT, Reader
 from dtrain.errors import ExportError
 from dtrain.folders import discard, whole_folder
 from dtrain.models.assets import copy_assets
+
+LARGEST_FP16 = 65504.0
+Tensors = tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, torch.Tensor]]]
+"""Shapes by name, and the tensors one at a time in the same order."""
 
 
 def write_export(
@@ -37,24 +43,51 @@ def write_export(
             discard(to)
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Iterable[tuple[str, torch.Tensor]]]:
-    """Shapes of what an export holds, and its tensors one at a time in the same order. Raises ExportError."""
-    from safetensors import safe_open
-
+def read_export(folder: Path) -> Tensors:
+    """What an export holds. Raises ExportError."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ExportError(f"{folder}: no *.safetensors in it; give a run that is done, or its export folder")
+        raise ExportError(f"{folder}: no *.safetensors in it; give a run, a checkpoint or an exported folder")
+    headers = {file: read_header(file) for file in files}
+    dtypes = {code: dtype for dtype, code, _ in DTYPES.values()}
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  not a mapping
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
+    for file, entries in headers.items():
+        for name, (entry, _) in entries.items():
+            if entry.dtype not in dtypes:
+                raise ExportError(f"{file}: {name} is {entry.dtype}, which is none of {', '.join(dtypes)}")
+            shapes[name] = entry.shape
 
-    def tensors() -> Iterable[tuple[str, torch.Tensor]]:
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for file, entries in headers.items():
+            with file.open("rb", buffering=0) as opened:
+                for name, (entry, at) in entries.items():
+                    tensor = torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+                    opened.seek(at)
+                    into = tensor.view(-1).view(torch.uint8).numpy().data
+                    while into:
+                        count = opened.readinto(into)
+                        if not count:
+                            raise ExportError(f"{file}: ended while it was read")
+                        into = into[count:]
+                    yield name, tensor
+
+    return shapes, tensors()
+
+
+def read_checkpoint(folder: Path, of: Manifest) -> Tensors:
+    """The weights that a checkpoint holds, by the names that an export gives them. Raises CheckpointError."""
+    reader = Reader(folder, of)
+    shapes = {one.export: one.shape for one in of.parameters.values()}
+    assert len(shapes) == len(of.parameters), "two parameters of one name"
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        try:
+            for name, one in of.parameters.items():
+                tensor = torch.empty(one.shape)
+                reader.read_into(name, WEIGHT, 0, tensor.view(-1))
+                yield one.export, tensor
+        finally:
+            reader.close()
 
     return shapes, tensors()
 
@@ -87,6 +120,8 @@ def _write_tensors(
         writer = Writer(folder / title, {name: shapes[name] for name in names}, dtype)
         for _ in names:
             name, tensor = next(source)
+            if dtype == "fp16" and bool((tensor.abs() > LARGEST_FP16).any()):
+                raise ExportError(f"{name}: has elements beyond {LARGEST_FP16:,.0f}, the largest of fp16; use bf16")
             writer.write(name_of(name), tensor)
         writer.close()
     assert next(source, None) is None, "more tensors than were announced"

@@ -61,12 +61,14 @@ def read_header(path: Path) -> dict[str, tuple[Entry, int]]:
             if name == "__metadata__":
                 continue
             entry = Entry(str(one["dtype"]), tuple(int(n) for n in one["shape"]))
+            if entry.dtype not in _ELEMENT_BYTES:
+                raise ValueError(f"{name} is of {entry.dtype}, which is none of {', '.join(_ELEMENT_BYTES)}")
             begin, end = (int(at) for at in one["data_offsets"])
             if begin < 0 or end - begin != entry.num_bytes or 8 + length + end > size:
                 raise ValueError(f"{name} does not lie within it")
             found[name] = (entry, 8 + length + begin)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
     return found
 
 

@@ -34,6 +34,8 @@ class RunDir:
         self.events = self.path / "events.jsonl"
         self.outcome = self.path / "outcome.json"
         self.export = self.path / "export"
+        self.exports = self.path / "exports"
+        """What `dtrain export` makes of its checkpoints."""
         self.checkpoints = self.path / "checkpoints"
         self.save_trigger = self.path / "SAVE"
         """Made by whoever wants a save now; the run removes it."""

@@ -1,36 +1,109 @@
-"""Write a run's weights to a folder that transformers loads, in another precision or shard size."""
+"""Write a run's weights to a folder that transformers loads: of a checkpoint, or of its own export."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from dtrain.errors import ExportError
+from dtrain.folders import remove_leftovers
+from dtrain.verbs._checkpoints import STEP_HELP, chosen, named
+
+if TYPE_CHECKING:
+    from dtrain.checkpoint.export import Tensors
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]*)")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run's folder, or its name in runs/")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to make; it must not be there")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default=None, help="of the weights (as they are)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file, 10^9 bytes (5)")
+    parser.add_argument("run", type=Path, help="a run's folder, or its name in runs/; or the folder of a checkpoint or "
+                                               "an export")  # fmt: skip
+    parser.add_argument("--step", metavar="N", help=f"the checkpoint {STEP_HELP} (the newest that is whole; of a run "
+                                                    f"without any, its own export)")  # fmt: skip
+    parser.add_argument("--to", type=Path, metavar="DIR", help="folder to make; it must not be there (in exports/ of "
+                                                               "the run, by step and precision)")  # fmt: skip
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (as the run exports them)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, as 500MB or 5GB (5GB)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from dtrain.verbs.runs import find
-
-    source = find(args.run).export
-    if not source.is_dir():
-        raise ExportError(
-            f"{source}: not there; a run exports its weights when it ends, see `dtrain runs show {args.run}`"
-        )
-    if args.to.exists():
+    max_shard_bytes = _bytes(args.max_shard_size)
+    if args.to is not None and args.to.exists():
         raise ExportError(f"--to {args.to}: is there already; name a new folder")
-    if args.max_shard_gb <= 0:
-        raise ExportError(f"--max-shard-gb {args.max_shard_gb:g}: must be more than 0")
-    from dtrain.checkpoint.export import dtype_of, read_tensors, write_export
+    source = _of_folder(args.run) if _is_export(args.run) else _of_run(args)
+    from dtrain.checkpoint.export import write_export
 
-    shapes, tensors = read_tensors(source)
-    write_export(tensors, shapes, args.to, assets=source, dtype=args.dtype or dtype_of(source),
-                 max_shard_bytes=args.max_shard_gb * 1e9)  # fmt: skip
-    print(f"exported to {args.to}")
+    dtype = args.dtype or source.dtype()
+    to = args.to or source.exports / f"{source.title}-{dtype}"
+    if to.exists():
+        raise ExportError(f"{to}: is there already; name another folder with --to")
+    print(f"exporting {source.folder} in {dtype}", flush=True)
+    shapes, tensors = source.read()
+    remove_leftovers(to.parent)
+    try:
+        write_export(tensors, shapes, to, assets=source.assets, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    except OSError as error:
+        raise ExportError(f"{to}: cannot be written ({error.strerror or error}); nothing is left of it") from None
+    print(f"exported to {to}")
     return 0
+
+
+class _Source(NamedTuple):
+    """Where the weights come from."""
+
+    folder: Path
+    assets: Path
+    """With config and tokenizer."""
+    exports: Path
+    """Where its exports go."""
+    title: str
+    dtype: Callable[[], str]
+    read: Callable[[], Tensors]
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _of_folder(folder: Path) -> _Source:
+    from dtrain.checkpoint.export import dtype_of, read_export
+
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100
+    return _Source(folder, folder, folder.parent / "exports", folder.name, lambda: dtype_of(folder),
+                   lambda: read_export(folder))  # fmt: skip
+
+
+def _of_run(args: argparse.Namespace) -> _Source:
+    """Of a checkpoint whose every byte is what was written. Raises CheckpointError, ExportError, RunError."""
+    from dtrain.checkpoint import manifest, verify
+
+    found = named(args.run)
+    if not found.folders and args.step is None:
+        if not _is_export(found.run.export):
+            raise ExportError(f"{found.run.path}: has neither a checkpoint nor an export of its own yet; see `dtrain "
+                              f"runs show {args.run}`")  # fmt: skip
+        return _of_folder(found.run.export)
+    folder = chosen(args.run, args.step, verify.problems, print)
+    assets = found.run.model
+    if not (assets / "config.json").is_file():
+        raise ExportError(f"{assets}: not there, and a checkpoint lacks the model's config and tokenizer, which are in "
+                          f"that folder of its run; export it from there")  # fmt: skip
+    read = manifest.read(folder)
+    from dtrain.checkpoint.export import read_checkpoint
+
+    said = str((read.config.get("export") or {}).get("dtype", "fp32"))
+    return _Source(folder, assets, found.run.exports, folder.name, lambda: said, lambda: read_checkpoint(folder, read))
+
+
+def _bytes(text: str) -> float:
+    """Of a size as people write it. Raises ExportError."""
+    match = _SIZE.fullmatch(text.strip().upper())
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
+    if not size:
+        raise ExportError(f"--max-shard-size {text}: no size; write it as 500MB or 5GB")
+    return size

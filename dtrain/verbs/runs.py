@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dtrain.errors import RunError
 from dtrain.runs import RunDir, RunSummary, list_runs
+from dtrain.verbs._table import lines, table
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +50,7 @@ def _ls(root: Path, *, as_json: bool) -> int:
         print(f"no runs in {root}")
         return 0
     rows = [("name", "state", "step", "loss", "strategy", "ranks", "started"), *map(_row, found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(table(rows)))
     return 0
 
 
@@ -83,7 +82,5 @@ def _show(run: RunDir) -> int:
         pairs.append(("git", f"{git.get('commit', '')[:12]}{' with changes' if git.get('dirty') else ''}"))
     pairs += [("logs", run.attempt_dir(one.attempts - 1))] if one.attempts else []
     pairs += [("export", run.export)] if run.export.is_dir() else []
-    width = max(len(name) for name, _ in pairs)
-    for name, value in pairs:
-        print(f"{name:<{width}}  {value}")
+    print("\n".join(lines(pairs)))
     return 0
