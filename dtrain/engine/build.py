@@ -152,7 +152,7 @@ def build(
         peak_flops=_peak(comm.device, config.train.precision),
     )
     # Dropout differs between ranks, and after a change of their number between the parts of the run.
-    torch.manual_seed(config.run.seed + 1 + comm.rank + state.step * 2**20)
+    rng.seed(config.run.seed + 1 + comm.rank + state.step * 2**20)
     if resume is not None and resume.manifest.made_by.get("size") == comm.size:
         rng.load(resume.blobs(file_name(comm.rank)), comm.device)
     engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state)

@@ -61,6 +61,8 @@ class Saving:
     every_steps: int
     at_end: bool
     stop_on_error: bool
+    guess_s: float = 0.0
+    """What a save may take, until one was made: the time limit is kept by it."""
     told: Callable[[Saved], None] = lambda saved: None
     """Hears on every rank what became of each save."""
 
@@ -92,6 +94,7 @@ class Engine:
         self._trackers, self._progress = trackers, progress
         self._saving, self._control = saving, control or Control()
         self._saver = saving.saver if saving else NoSaver()
+        self._save_s = saving.guess_s if saving else 0.0
         course = self._course
         loader = Loader(self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id)
         self._agree()
@@ -175,7 +178,7 @@ class Engine:
 
     def _save_if_due(self) -> None:
         saving = self._saving
-        if saving is None or self._state.step == self._course.steps or self._stop:
+        if saving is None or self._stop:
             return
         due = saving.every_steps and self._state.step % saving.every_steps == 0
         if due and self._busy:

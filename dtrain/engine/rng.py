@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 
+def seed(value: int) -> None:
+    """Begin anew, all of them: what a plugin draws is the same in every run too."""
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
+
+
 def save(device: torch.device) -> dict[str, bytes]:
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     numpy = [str(kind), np.asarray(keys).tolist(), int(place), int(has_gauss), float(gauss)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from dtrain.engine.build import Built
     from dtrain.engine.engine import Result, Saving
     from dtrain.trackers.fan_out import FanOut
+
+
+SLOW_BYTES_PER_S = 5e8
+"""Of a file system that many write to at once: what a first save is guessed by."""
 
 
 def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
@@ -172,6 +177,7 @@ def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]
     if not built.strategy.resumable:
         return None
     policy = built.config.checkpoint
+    num_bytes = sum(4 * math.prod(one.shape) * len(one.states) for one in built.parameters.values())
     said = run.read_manifest()
     made_by = {key: said.get(key) for key in ("name", "strategy", "size", "device", "packages", "python", "git")}
     return Saving(
@@ -180,6 +186,7 @@ def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]
         every_steps=policy.every_steps,
         at_end=policy.at_end,
         stop_on_error=policy.on_error == "stop",
+        guess_s=num_bytes / SLOW_BYTES_PER_S,
         told=lambda saved: _record(run, attempt, saved) if built.comm.rank == 0 else None,
     )
 

@@ -133,7 +133,7 @@ def _clean(run: RunDir) -> None:
 
     if left := end_left(run):
         _say(f"ended {left} processes of this run, which a killed launch had left")
-    for path in remove_leftovers(run.checkpoints, mine=True):
+    for path in [*remove_leftovers(run.checkpoints, mine=True), *remove_leftovers(run.path, mine=True)]:
         _say(f"removed {path}, which a killed save left")
 
 
