@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dtrain.data.rows import Row
 
-_VERSION = 1
+_VERSION = 2
 """Of the files in a folder of prepared data; another version is never read, but made anew."""
 _FILES = ("train.arrow", "eval.arrow")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -204,7 +204,7 @@ def _build(
     for name, chosen in zip(_FILES, (np.flatnonzero(~held), np.flatnonzero(held)), strict=True):
         packing = pack(lengths[chosen], dataset.max_length) if dataset.packing else one_each(len(chosen))
         rows = (_join([documents.rows[i] for i in chosen[each]], state) for each in packing)
-        write_rows(folder / name, rows, len(packing))
+        write_rows(folder / name, rows, len(packing), packed=dataset.packing)
         state.update(f"{name} {len(packing)}".encode())
         num_rows[name] = len(packing)
     num_tokens = int(lengths[~held].sum())

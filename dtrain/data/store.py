@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtrain.data.order import AbstractOrder, Grouped, Mixed, OnDry, Shuffled, by_rate
 from dtrain.data.rows import Row
 from dtrain.errors import DataError
 
@@ -16,6 +19,38 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _ROWS_PER_CHUNK = 1024
+
+
+class AbstractStore(ABC):
+    """Rows by index, and the order in which training takes them."""
+
+    packed: bool
+    """Whether rows hold as many documents as fit; else each holds one, and they differ in length."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> Mapping[str, RowStore]:
+        """By name; their rows follow each other here."""
+
+    @abstractmethod
+    def row(self, i: int) -> Row:
+        """Row `i`, counted from 0; copies nothing."""
+
+    @abstractmethod
+    def first(self, num: int) -> NDArray[np.int64]:
+        """The rows to look at where `num` have to do."""
+
+    @abstractmethod
+    def order(self, seed: int) -> AbstractOrder:
+        """Of the rows in training, those of like length beside each other where rows differ in length."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each row."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources.values()))
 
 
 class _Chunk(NamedTuple):
@@ -28,8 +63,8 @@ class _Chunk(NamedTuple):
 
 
 @final
-class RowStore:
-    """The rows of one file, by index. Opening reads its table of contents only; a row is a view of the file."""
+class RowStore(AbstractStore):
+    """The rows of one file. Opening reads its table of contents only; a row is a view of the file."""
 
     def __init__(self, path: Path) -> None:
         """Raises DataError where the file is not there or not such a file."""
@@ -39,6 +74,7 @@ class RowStore:
         try:
             self._file = pa.ipc.open_file(pa.memory_map(str(path)))
             self._num_rows = int(self._file.schema.metadata[b"num_rows"])
+            self.packed = self._file.schema.metadata[b"packed"] == b"1"
         except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: not a file of prepared rows: {error}; delete its folder and launch again"
@@ -48,8 +84,11 @@ class RowStore:
     def __len__(self) -> int:
         return self._num_rows
 
+    @property
+    def sources(self) -> Mapping[str, RowStore]:
+        return {"all": self}
+
     def row(self, i: int) -> Row:
-        """Row `i`, counted from 0; copies nothing."""
         if not 0 <= i < self._num_rows:
             raise IndexError(f"row {i} of {self._num_rows} in {self.path}")
         at, k = divmod(int(i), _ROWS_PER_CHUNK)
@@ -58,14 +97,30 @@ class RowStore:
         lengths = slice(chunk.length_starts[k], chunk.length_starts[k + 1])
         return Row(chunk.tokens[tokens], chunk.targets[tokens], chunk.lengths[lengths])
 
+    def first(self, num: int) -> NDArray[np.int64]:
+        return np.arange(min(num, self._num_rows))
+
+    def order(self, seed: int) -> AbstractOrder:
+        plain = Shuffled(seed, len(self))
+        return plain if self.packed else Grouped(seed, plain, self.lengths)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        chunks = [np.diff(self._chunk(at).token_starts) for at in range(self._num_chunks)]
+        return np.concatenate([np.empty(0, np.int32), *chunks], dtype=np.int32)
+
     @property
     def num_targets(self) -> NDArray[np.int64]:
         """Of each row."""
-        chunks = [self._chunk(at).num_targets for at in range(-(-self._num_rows // _ROWS_PER_CHUNK))]
-        return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+        chunks = [self._chunk(at).num_targets for at in range(self._num_chunks)]
+        return np.concatenate([np.empty(0, np.int64), *chunks])
 
     def __reduce__(self) -> tuple[type[RowStore], tuple[Path]]:
         return RowStore, (self.path,)
+
+    @property
+    def _num_chunks(self) -> int:
+        return -(-self._num_rows // _ROWS_PER_CHUNK)
 
     def _chunk(self, at: int) -> _Chunk:
         if at not in self._chunks:
@@ -73,7 +128,38 @@ class RowStore:
         return self._chunks[at]
 
 
-def write_rows(path: Path, rows: Iterable[Row], num_rows: int) -> None:
+@final
+class MixedStore(AbstractStore):
+    """The rows of several files, mixed by rates."""
+
+    def __init__(self, sources: Mapping[str, RowStore], rates: Mapping[str, float], on_dry: OnDry) -> None:
+        """`rates`: rows of each source for each of the mixture, up to a common factor."""
+        self._sources, self._rates, self._on_dry = dict(sources), [rates[name] for name in sources], on_dry
+        self._stores = list(sources.values())
+        self._starts = np.concatenate([[0], np.cumsum([len(store) for store in self._stores])])
+        self.packed = all(store.packed for store in self._stores)
+
+    @property
+    def sources(self) -> Mapping[str, RowStore]:
+        return self._sources
+
+    def row(self, i: int) -> Row:
+        k = int(np.searchsorted(self._starts, i, "right")) - 1
+        return self._stores[k].row(int(i - self._starts[k]))
+
+    def first(self, num: int) -> NDArray[np.int64]:
+        return by_rate([len(store) for store in self._stores], self._rates)[:num]
+
+    def order(self, seed: int) -> AbstractOrder:
+        mixed = Mixed(seed, [len(store) for store in self._stores], self._rates, self._on_dry)
+        return mixed if self.packed else Grouped(seed, mixed, self.lengths)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        return np.concatenate([store.lengths for store in self._stores])
+
+
+def write_rows(path: Path, rows: Iterable[Row], num_rows: int, *, packed: bool = True) -> None:
     """Write a file that `RowStore` opens, flushed to disk."""
     import os
 
@@ -86,7 +172,7 @@ def write_rows(path: Path, rows: Iterable[Row], num_rows: int) -> None:
             ("lengths", pa.large_list(pa.int32())),
             ("num_targets", pa.int64()),
         ],
-        metadata={"num_rows": str(num_rows)},
+        metadata={"num_rows": str(num_rows), "packed": str(int(packed))},
     )
     written = 0
     with path.open("wb") as file:
