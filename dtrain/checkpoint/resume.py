@@ -91,7 +91,7 @@ def _good(folders: Sequence[Path], otherwise: str, say: Say) -> Start:
 
 def _compared(start: Start, config: Config, identity: Mapping[str, Any], say: Say) -> Start:
     """Keep the candidates that this configuration may go on from; refuse where the first is not one."""
-    _check_allow(config.resume.allow, identity)
+    _check_allow(config.resume.allow, [*identity, *manifest.read(start.candidates[0]).identity])
     kept: list[Path] = []
     for folder in start.candidates:
         read = manifest.read(folder)
@@ -125,8 +125,8 @@ def _free(read: Manifest, config: Config) -> list[str]:
     return [f"made by {before} on {read.made_by.get('size')} ranks"] if before is not None and now else []
 
 
-def _check_allow(allow: Sequence[str], identity: Mapping[str, Any]) -> None:
-    known = {*identity, *(key.split(".")[0] for key in identity)}
+def _check_allow(allow: Sequence[str], keys: Sequence[str]) -> None:
+    known = {*keys, *(key.split(".")[0] for key in keys)}
     wrong = [name for name in allow if name not in known]
     if wrong:
         raise ConfigError.of(f"resume.allow={clip(name)}: not one of the keys that decide the result"
