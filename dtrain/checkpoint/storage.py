@@ -15,6 +15,7 @@ from dtrain.checkpoint.manifest import File, Manifest
 from dtrain.checkpoint.safetensors import Entry, header, read_header
 from dtrain.errors import CheckpointError
 from dtrain.failpoints import reach
+from dtrain.folders import begin_flush
 
 if TYPE_CHECKING:
     from dtrain.strategies.base import Shard
@@ -23,6 +24,7 @@ WEIGHT = "weight"
 ALIGN = 4096
 """Replicas divide a parameter at multiples of so many elements: a small one has a single writer."""
 WRITE_BYTES = 1 << 24
+"""Of one write, and of what the disk is given to do at once while the rest is still being written."""
 
 
 class Part(NamedTuple):
@@ -95,21 +97,29 @@ def _parse(key: str) -> tuple[str, str, tuple[int, ...]]:
 
 def write_file(path: Path, of: Sequence[Part], blobs: Mapping[str, bytes]) -> File:
     """The parts as boxes, and the blobs under their own names, in one safetensors file that is flushed to disk."""
-    import xxhash
-
     entries: dict[str, Entry] = {}
     for part in of:
         for box in boxes(part.shape, part.start, part.view.numel()):
             entries[key_of(part.name, part.state, box.offset)] = Entry("F32", box.sizes)
     entries |= {name: Entry("U8", (len(blob),)) for name, blob in blobs.items()}
-    state, num_bytes = xxhash.xxh3_64(), 0
+    return write_chunks(path, _chunks(header(entries), of, blobs))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> File:
+    """One file of all of them, flushed to disk."""
+    import xxhash
+
+    state, num_bytes, handed = xxhash.xxh3_64(), 0, 0
     with path.open("wb", buffering=0) as file:
-        for chunk in _chunks(header(entries), of, blobs):
+        for chunk in chunks:
             state.update(chunk)
             left = memoryview(chunk)
             while left:
                 left = left[file.write(left) or 0 :]
             num_bytes += len(chunk)
+            if num_bytes - handed >= WRITE_BYTES:
+                begin_flush(file.fileno(), handed, num_bytes - handed)
+                handed = num_bytes
             reach("ckpt.mid")
         os.fsync(file.fileno())
     return File(num_bytes, state.hexdigest())

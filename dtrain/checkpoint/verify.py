@@ -11,7 +11,8 @@ from dtrain.checkpoint import manifest
 from dtrain.checkpoint.manifest import File, Manifest, step_of
 from dtrain.errors import CheckpointError
 
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 20
+"""As much as a core's own cache holds, so that what was read is not fetched from memory again for its digest."""
 
 
 def committed(root: Path) -> list[Path]:
