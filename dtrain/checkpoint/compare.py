@@ -43,11 +43,12 @@ def _apart(a: Reader, b: Reader, name: str, state: str, numel: int) -> tuple[flo
         x, y = (torch.empty(min(CHUNK, numel - start)) for _ in range(2))
         a.read_into(name, state, start, x)
         b.read_into(name, state, start, y)
-        largest = max(largest, float(x.abs().max()), float(y.abs().max()))
-        if torch.equal(x.view(torch.int32), y.view(torch.int32)):
+        largest = max(largest, *(float(one.abs().nan_to_num(0.0, math.inf).max()) for one in (x, y)))
+        alike = x.view(torch.int32) == y.view(torch.int32)
+        if alike.all():
             continue
         same = False
-        by = torch.where(x == y, 0.0, (x.double() - y.double()).abs())  # of two equal infinities it is none
+        by = torch.where(alike, 0.0, (x.double() - y.double()).abs())  # what is no number may be the same in both
         found = float(by.max())
         absolute = found if math.isnan(found) or found > absolute else absolute  # what is no number is the largest
     return None if same else (absolute, absolute / largest if largest else absolute)

@@ -184,7 +184,7 @@ class Reader:
                 continue
             name, state, offset = _parse(key)
             parameter = self.manifest.parameters.get(name)
-            if parameter is None or len(offset) != len(parameter.shape) or any(
+            if parameter is None or state not in parameter.states or len(offset) != len(parameter.shape) or any(
                 first + size > whole for first, size, whole in zip(offset, entry.shape, parameter.shape, strict=True)
             ):  # fmt: skip
                 raise CheckpointError(f"{self.folder / file}: {key} is no part of a parameter of this checkpoint")
@@ -197,12 +197,15 @@ class Reader:
             for state in parameter.states:
                 end, numel = 0, int(torch.Size(parameter.shape).numel())
                 for run in self._runs.get((name, state), []):
-                    if run.start != end:
+                    if run.start < end:
+                        raise CheckpointError(f"{self.folder}: {state} of {name} is there twice from element "
+                                              f"{run.start:,} on, in {run.file} and before")  # fmt: skip
+                    if run.start > end:
                         break
                     end += run.numel
                 if end != numel:
-                    raise CheckpointError(f"{self.folder}: {state} of {name} is not whole: {end:,} of its {numel:,} "
-                                          f"elements are there, or some are there twice")  # fmt: skip
+                    raise CheckpointError(f"{self.folder}: {state} of {name} is not whole: element {end:,} of its "
+                                          f"{numel:,} is not there")  # fmt: skip
 
     def read_into(self, name: str, state: str, start: int, out: torch.Tensor) -> None:
         """Fill the 1-D fp32 tensor `out`, on any device, with elements [start, start + out.numel())."""

@@ -287,9 +287,9 @@ def _policy(run: RunDir, keep_last: int | None, keep_every: int | None) -> Check
             raise RunError(f"{name} {value}: must be at least {least}")
     data = load_yaml(run.config)
     said = data.get("checkpoint") if isinstance(data, dict) else None
-    known = {
-        key: value for key, value in (said or {}).items() if key in ("keep_last", "keep_every", "best_by", "best_mode")
-    }
+    if not isinstance(said, dict):
+        raise RunError(f"{run.config}: says nothing of checkpoint.keep_last and the like; it is not what a run wrote")
+    known = {key: said[key] for key in ("keep_last", "keep_every", "best_by", "best_mode") if key in said}
     try:
         policy = Checkpoint(**known)
     except ValueError as error:
