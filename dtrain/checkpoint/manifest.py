@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import stat
@@ -102,13 +103,18 @@ def read(folder: Path) -> Manifest:
     if end is None or end[1].decode() != _digest(raw[: end.start()]):
         raise CheckpointError(f"{path}: was changed after it was written (its digest differs)")
     try:
-        manifest = TypeAdapter(Manifest).validate_json(raw, strict=True)
+        manifest = _adapter().validate_json(raw, strict=True)
     except (ValidationError, RecursionError) as error:
         raise CheckpointError(f"{path}: not whole ({_in_words(error)})") from None
     outside = [name for name in manifest.files if not _FILE.fullmatch(name)]
     if outside:
         raise CheckpointError(f"{path}: names {outside[0]!r}, which is no file of this folder; nothing of it is read")
     return manifest
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def _content(path: Path) -> bytes:

@@ -194,7 +194,8 @@ def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]
 def _record(run: RunDir, attempt: int, saved: Saved) -> None:
     fields = {"attempt": attempt, "step": saved.step, "pause_s": saved.pause_s, "write_s": saved.write_s}
     if saved.error is None:
-        run.event("saved", **fields, bytes=saved.num_bytes, removed=list(saved.removed))
+        problem = {} if saved.problem is None else {"problem": saved.problem}
+        run.event("saved", **fields, bytes=saved.num_bytes, removed=list(saved.removed), **problem)
     else:
         run.event("save failed", **fields, error=saved.error)
 

@@ -1,0 +1,149 @@
+"""`dtrain launch` at the price of a second: everything of the real command but torchrun, and ranks forked from a process
+that has imported all they need. A rank is `dtrain.engine.worker.work`, the whole of it; it can be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from dtrain import cli
+from dtrain.config.spec import Command
+from dtrain.failpoints import VARIABLE
+from dtrain.launchers.verdict import judge
+from dtrain.runs import Outcome, RunDir
+from tests.processes import PRELOAD, free_port
+
+WORKER = [*PRELOAD, "dtrain.engine.worker", "dtrain.engine.build", "dtrain.checkpoint.resume", "dtrain.checkpoint.saver",
+          "dtrain.data.prepare", "dtrain.trackers.console", "dtrain.trackers.jsonl", "dtrain.strategies._ddp",
+          "dtrain.strategies._fsdp2", "dtrain.strategies._zero", "dtrain.models.tiny", "dtrain.models._causal", "dtrain.objectives._causal", "dtrain.datasets.jsonl",
+          "dtrain.trackers.fan_out", "pandas", "pyarrow", "xxhash", "tests.faults.harness"]  # fmt: skip
+TYPED = ["dataset=jsonl", "dataset.path=texts.jsonl", "dataset.max_length=32", "model.hidden=32", "model.layers=2",
+         "model.intermediate=56", "model.vocab=300", "model.max_positions=32", "batch.global_batch=4", "eval.fraction=0.05",
+         "eval.every_steps=0", "eval.max_rows=4", "schedule.warmup_steps=2", "optim.lr=5e-3", "tracker=jsonl",
+         "tracker.jsonl.plot=false", "checkpoint.every_minutes=null", "checkpoint.every_steps=1", "launcher.procs=2",
+         "strategy=ddp"]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return self.out + self.err
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What is done to an attempt."""
+
+    fail: str | None = None
+    """DTRAIN_FAIL of every rank."""
+    kill: Callable[[RunDir, int], bool] = lambda run, attempt: False
+    """Of the run and the attempt, asked all the time: whether to kill every rank now."""
+    before: Callable[[], None] | None = None
+    """Called on each rank first."""
+    others_s: float = 0.3
+    """What the other ranks get after the first has failed."""
+
+
+def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ended:
+    """`dtrain launch run.name=NAME ...` in `folder`; never more than a minute."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch("dtrain.launchers.supervise.supervise", functools.partial(_supervise, fault)),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = cli.run(["launch", f"run.name={name}", *TYPED, *typed])
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, *, limit_s: float | None = None) -> Outcome:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(WORKER)
+    size, port = run.read_manifest()["size"], free_port()
+    procs = [context.Process(target=_rank, args=(rank, size, port, run.path, attempt, fault.fail, fault.before), daemon=True)
+             for rank in range(size)]  # fmt: skip
+    for proc in procs:
+        proc.start()
+    try:
+        _watch(procs, lambda: fault.kill(run, attempt), fault.others_s, time.monotonic() + 60)
+    finally:
+        for proc in procs:
+            proc.kill()
+            proc.join()
+    return judge(run, attempt, returncode=max(abs(proc.exitcode or 0) for proc in procs))
+
+
+def _watch(procs: Sequence[Any], kill: Callable[[], bool], others_s: float, deadline: float) -> None:
+    """Until all have ended, or one has failed and the others had their time, or all are to be killed."""
+    while running := [proc.sentinel for proc in procs if proc.exitcode is None]:
+        if kill():
+            return
+        if any(proc.exitcode for proc in procs):
+            deadline = time.monotonic() + others_s
+            while running and time.monotonic() < deadline:
+                wait(running, timeout=deadline - time.monotonic())
+                running = [proc.sentinel for proc in procs if proc.exitcode is None]
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError("the ranks did not end")
+        wait(running, timeout=0.002)
+
+
+def _rank(rank: int, size: int, port: int, run: Path, attempt: int, fail: str | None,
+          before: Callable[[], None] | None) -> None:  # fmt: skip
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+                      DTRAIN_ATTEMPT=str(attempt))  # fmt: skip
+    if fail is not None:
+        os.environ[VARIABLE] = fail
+    import torch
+
+    from dtrain.engine.worker import work
+
+    torch.set_num_threads(1)
+    _record_rows(RunDir(run).attempt_dir(attempt) / f"rank-{rank}.rows.jsonl")
+    if before is not None:
+        before()
+    work(run, plugins=())
+
+
+def _record_rows(to: Path) -> None:
+    """Write down which rows this rank takes for each step, before it trains on them."""
+    from dtrain.data.loader import Loader
+
+    plain = Loader.window
+
+    def window(self: Loader, samples: int) -> Any:
+        batches = plain(self, samples)
+        with to.open("a") as file:
+            file.write(json.dumps([samples, [int(i) for batch in batches for i in batch.sample_ids]]) + "\n")
+        return batches
+
+    Loader.window = window
+
+
+def rows_of(run: RunDir, attempt: int) -> list[list[tuple[int, list[int]]]]:
+    """For each rank, what it took: the number of samples before the step, and its rows of the step."""
+    found = []
+    for path in sorted(run.attempt_dir(attempt).glob("rank-*.rows.jsonl")):
+        lines = path.read_text().splitlines()
+        found.append([tuple(json.loads(line)) for line in lines if line.endswith("]]")])
+    return found
