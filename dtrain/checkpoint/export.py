@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dtrain.models.assets import copy_assets
 
 LARGEST_FP16 = 65504.0
 Tensors = tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, torch.Tensor]]]
-"""Shapes by name, and the tensors one at a time in the same order."""
+"""Shapes by name, and the tensors one at a time in the same order: each is gone when the next is asked for."""
 
 
 def write_export(
@@ -58,12 +59,15 @@ def read_export(folder: Path) -> Tensors:
             shapes[name] = entry.shape
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        found = [entry for entries in headers.values() for entry, _ in entries.values()]
+        memory = torch.empty(max((entry.num_bytes for entry in found), default=0), dtype=torch.uint8)
         for file, entries in headers.items():
             with file.open("rb", buffering=0) as opened:
                 for name, (entry, at) in entries.items():
-                    tensor = torch.empty(entry.shape, dtype=dtypes[entry.dtype])
+                    raw = memory[: entry.num_bytes]
+                    tensor = raw.view(dtypes[entry.dtype]).view(entry.shape)
                     opened.seek(at)
-                    into = tensor.view(-1).view(torch.uint8).numpy().data
+                    into = raw.numpy().data
                     while into:
                         count = opened.readinto(into)
                         if not count:
@@ -82,10 +86,11 @@ def read_checkpoint(folder: Path, of: Manifest) -> Tensors:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         try:
+            memory = torch.empty(max((math.prod(shape) for shape in shapes.values()), default=0))
             for name, one in of.parameters.items():
-                tensor = torch.empty(one.shape)
-                reader.read_into(name, WEIGHT, 0, tensor.view(-1))
-                yield one.export, tensor
+                whole = memory[: math.prod(one.shape)]
+                reader.read_into(name, WEIGHT, 0, whole)
+                yield one.export, whole.view(one.shape)
         finally:
             reader.close()
 
