@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dtrain.cli import run as here
 from tests.e2e.command import SMALL, dtrain, rows, workers_of, write_chats, write_texts
 
 pytestmark = [
@@ -33,9 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def zero3(folder: Path):
     """What the main job says."""
-    return dtrain(
-        folder, "launch", "+strategy=zero3", "launcher.procs=2", "run.name=main", "dataset.path=texts.jsonl", *SMALL
-    )
+    return dtrain(folder, "launch", "+strategy=zero3", "launcher.procs=2", "run.name=main", "dataset.path=texts.jsonl",
+                  "checkpoint.every_steps=4", *SMALL)  # fmt: skip
 
 
 def test_it_is_done(folder: Path, zero3) -> None:
@@ -50,7 +50,13 @@ def test_it_is_done(folder: Path, zero3) -> None:
             "export/config.json", "export/model.safetensors", "export/tokenizer.json"} <= left  # fmt: skip
     assert not [name for name in left if ".tmp" in name or name.endswith((".pt", ".bin", ".pkl"))]
     assert json.loads((run / "outcome.json").read_text())["kind"] == "done"
-    assert [event["kind"] for event in rows(run / "events.jsonl")] == ["launched", "training", "saved", "ended"]
+    assert [event["kind"] for event in rows(run / "events.jsonl")] == [
+        "launched",
+        "training",
+        "saved",
+        "saved",
+        "ended",
+    ]
     manifest = json.loads((run / "manifest.json").read_text())
     assert (manifest["strategy"], manifest["size"], manifest["steps"]) == ("zero3", 2, 8)
     assert workers_of(run) == []
@@ -72,18 +78,15 @@ def test_the_metrics(folder: Path, zero3) -> None:
     assert [row["step"] for row in rows(run / "eval.jsonl")] == [4, 8]
 
 
-def test_the_export_is_the_model(folder: Path, zero3) -> None:
-    """transformers alone, on the held-out documents one by one, has the loss that the run said."""
+def _loss_of(export: Path, run: Path) -> tuple[float, int]:
+    """Of transformers alone, on the held-out documents one by one; and the number of targets."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from dtrain.data.store import RowStore
 
-    run = folder / "runs" / "main"
-    model = AutoModelForCausalLM.from_pretrained(run / "export").eval()
-    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    model = AutoModelForCausalLM.from_pretrained(export).eval()
     assert model.dtype == torch.float32
-    assert tokenizer.decode(tokenizer("Ada sees the sea.").input_ids) == "Ada sees the sea."
     store = RowStore(Path(json.loads((run / "manifest.json").read_text())["data"]["dir"]) / "eval.arrow")
     total, num_targets = 0.0, 0
     for i in range(min(len(store), 64)):
@@ -95,9 +98,50 @@ def test_the_export_is_the_model(folder: Path, zero3) -> None:
                 logits = model(input_ids=ids[None]).logits[0, :-1]
             total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
             num_targets += len(ids) - 1
+    return total / num_targets, num_targets
+
+
+def test_the_export_is_the_model(folder: Path, zero3) -> None:
+    from transformers import AutoTokenizer
+
+    run = folder / "runs" / "main"
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert tokenizer.decode(tokenizer("Ada sees the sea.").input_ids) == "Ada sees the sea."
+    loss, num_targets = _loss_of(run / "export", run)
     last = rows(run / "eval.jsonl")[-1]
     assert num_targets == last["num_targets"]
-    assert total / num_targets == pytest.approx(last["loss"], abs=1e-5)
+    assert loss == pytest.approx(last["loss"], abs=1e-5)
+
+
+def test_a_checkpoint_is_the_model_of_its_step(folder: Path, zero3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way it has the eval loss of that step; of the last step it is what the run itself exported."""
+    monkeypatch.chdir(folder)
+    run = folder / "runs" / "main"
+    for step in ("4", "8"):
+        assert here(["export", "main", "--step", step]) == 0
+    early, last = (run / "exports" / f"step-0000000{step}-fp32" for step in (4, 8))
+    loss, _ = _loss_of(early, run)
+    evals = {row["step"]: row["loss"] for row in rows(run / "eval.jsonl")}
+    assert loss == pytest.approx(evals[4], abs=1e-5)
+    assert abs(evals[4] - evals[8]) > 1e-2
+    files = sorted(path.name for path in (run / "export").iterdir())
+    assert sorted(path.name for path in last.iterdir()) == files
+    assert all((last / name).read_bytes() == (run / "export" / name).read_bytes() for name in files)
+
+
+def test_what_is_said_of_its_checkpoints(folder: Path, zero3, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    found = {}
+    for verb in ("ls", "show", "verify"):
+        assert here(["ckpt", verb, "main"]) == 0
+        found[verb] = capsys.readouterr().out
+    assert [line.split()[0] for line in found["ls"].splitlines()] == ["step", "8", "4"]
+    assert "zero3 x 2" in found["ls"]
+    assert "step          8 of 8\n" in found["show"]
+    assert "2 of 2 whole" in found["verify"]
+    checkpoints = folder / "runs" / "main" / "checkpoints"
+    assert here(["ckpt", "diff", str(checkpoints / "step-00000004"), str(checkpoints / "step-00000008")]) == 1
+    assert "  step: 4 -> 8\n" in capsys.readouterr().out
 
 
 def test_what_comes_after(folder: Path, zero3) -> None:
