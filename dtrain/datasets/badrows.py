@@ -23,6 +23,10 @@ class BadRowError(DataError):
         return _NUMBER.sub("N", str(self).partition(": ")[0])
 
 
+class LeftOutError(Exception):
+    """A row that is well but not learned from, by a rule of the objective; counted by this message."""
+
+
 @dataclasses.dataclass
 class BadRows:
     """The first few of each reason, and how many there are."""
@@ -41,6 +45,11 @@ class BadRows:
     @classmethod
     def of(cls, dataset: DatasetSpec) -> BadRows:
         return cls(dataset.on_bad_row, dataset.max_bad_fraction)
+
+    @property
+    def fatal(self) -> bool:
+        """Whether what follows is only looked through for further ones."""
+        return self.on_bad_row == "error" and bool(self.counts)
 
     @property
     def num(self) -> int:

@@ -11,7 +11,7 @@ from dtrain.config.spec import GROUPS
 from dtrain.errors import ConfigError
 from dtrain.plan.propose import configure
 
-NEEDED = {"dataset=jsonl": ["dataset.path=somewhere.jsonl"], "model=hf": ["model.path=someone/something"]}
+NEEDED = {"dataset=files": ["dataset.path=somewhere.jsonl"], "dataset=jsonl": ["dataset.path=somewhere.jsonl"], "model=hf": ["model.path=someone/something"]}
 CHOICES = [f"{group}={name}" for group, names in choices().items() for name in names]
 
 

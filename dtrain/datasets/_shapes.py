@@ -1,0 +1,181 @@
+"""What rows are, found by looking at the first of them: which shape, and which column is which part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from dtrain.config.compose import nearest
+from dtrain.datasets._values import listed
+from dtrain.errors import DataError
+
+Shape = Literal[
+    "auto", "text", "completion", "messages", "sharegpt", "alpaca", "qa", "classification", "preference", "kto"
+]
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "text": ("text", "content", "document", "sentence", "正文", "文本", "内容"),
+    "label": ("label", "labels", "class", "kto_tag", "标签", "类别"),
+    "prompt": ("prompt",),
+    "completion": ("completion",),
+    "instruction": ("instruction", "指令"),
+    "input": ("input", "context", "输入"),
+    "output": ("output", "response", "输出"),
+    "history": ("history", "历史"),
+    "system": ("system", "system_prompt", "system_message", "系统"),
+    "question": ("question", "query", "ask", "q", "problem", "prompt", "instruction", "input", "user", "human",
+                 "问题", "提问", "问句", "问", "用户", "输入"),
+    "answer": ("answer", "response", "reply", "a", "solution", "completion", "output", "assistant", "target",
+               "回答", "答案", "答复", "回复", "答", "助手", "输出"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "对话"),
+    "tools": ("tools", "functions"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+}  # fmt: skip
+"""Parts of a row, and the names that columns have for each; the first that is there is taken."""
+MESSAGE_PARTS = ("role", "content")
+"""Keys of a message, which may have other names too."""
+LOOKED_AT = 200
+
+Seen = Mapping[str, frozenset[type]]
+"""Columns, and the types of their values, in the order of the first rows."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    name: str
+    words: str
+    """What its rows become."""
+    needs: tuple[tuple[str, ...], ...]
+    """One part of each."""
+    may: tuple[str, ...] = ()
+    fits: Callable[[Mapping[str, frozenset[type]]], bool] = lambda types: True
+    """Whether the types of the parts are those of this form."""
+
+
+def _strings(*parts: str) -> Callable[[Mapping[str, frozenset[type]]], bool]:
+    return lambda types: all(str in types.get(part, {str}) for part in parts)
+
+
+_SIDES = ("system", "tools")
+_ASKED = ("prompt", "question", "messages")
+FORMS = (
+    Form("preference", "as pairs of replies", (("chosen",), ("rejected",)), (*_ASKED, "input", "history", *_SIDES)),
+    Form("kto", "as replies with a verdict", (("completion", "messages", "answer"), ("label",)),
+         ("prompt", "question", "input", "history", *_SIDES), lambda types: types["label"] <= {bool}),
+    Form("messages", "as conversations", (("messages",),), _SIDES, lambda types: bool(types["messages"] & {list, str})),
+    Form("alpaca", "as conversations", (("instruction",), ("output",)), ("input", "history", *_SIDES),
+         _strings("instruction", "output")),
+    Form("completion", "as prompts and completions", (("prompt",), ("completion",)), (),
+         _strings("prompt", "completion")),
+    Form("completion", "as conversations", (("prompt",), ("completion",)), _SIDES,
+         lambda types: bool(types["completion"] & {list, dict})),
+    Form("qa", "as conversations", (("question",), ("answer",)), ("input", "history", *_SIDES),
+         _strings("question", "answer")),
+    Form("classification", "as labelled texts", (("text",), ("label",)), (),
+         lambda types: str in types["text"] and bool(types["label"] & {str, int, bool})),
+    Form("text", "as texts", (("text",),), (), _strings("text")),
+)  # fmt: skip
+"""In the order in which they are tried."""
+_SAME = {"sharegpt": "messages"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    form: Form
+    columns: Mapping[str, str]
+    """Parts, and the columns that hold them."""
+    unused: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """`question=ask, answer`: the parts and their columns."""
+        return ", ".join(part if part == self.columns[part] else f"{part}={self.columns[part]}"
+                         for part in PARTS if part in self.columns)  # fmt: skip
+
+
+def look(rows: Sequence[Mapping[str, Any]], shape: Shape, columns: Mapping[str, str]) -> Layout:
+    """Raises DataError where no shape fits, or what was said of the columns cannot be."""
+    seen = _seen(rows)
+    problems = _wrong_columns(seen, columns)
+    if problems:
+        raise DataError.of(problems)
+    mapped = {part: name for part, name in columns.items() if part in PARTS}
+    forms = [form for form in FORMS if shape in ("auto", form.name) or _SAME.get(shape) == form.name]
+    found = [layout for form in forms if (layout := _match(form, seen, mapped)) and set(mapped) <= set(layout.columns)]
+    fitting = [layout for layout in found if layout.form.fits({part: seen[name]
+               for part, name in layout.columns.items()})]  # fmt: skip
+    if fitting:
+        return fitting[0]
+    if shape != "auto":
+        if found:  # it was said, so each row is told what is wrong with it
+            return found[0]
+        raise DataError(_lacking(forms[0], shape, seen, mapped))
+    if len(seen) == 1 and not mapped and set(seen.values()) == {frozenset({str})}:
+        return Layout(FORMS[-1], {"text": next(iter(seen))}, ())
+    raise DataError(f"dataset: no known columns: the rows have {listed(seen)}; say which column is what, as in "
+                    f"'dataset.columns={{question: COLUMN, answer: COLUMN}}'; parts of a row are "
+                    f"{', '.join(PARTS)}")  # fmt: skip
+
+
+def _seen(rows: Sequence[Mapping[str, Any]]) -> Seen:
+    seen: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            types = seen.setdefault(name, set())
+            if value is not None:
+                types.add(type(value))
+    return {name: frozenset(types) for name, types in seen.items()}
+
+
+def _match(form: Form, seen: Seen, mapped: Mapping[str, str]) -> Layout | None:
+    """The form with its columns, or None where one is not there."""
+    found: dict[str, str] = {}
+
+    def take(part: str) -> bool:
+        taken = {*found.values(), *(name for other, name in mapped.items() if other != part)}
+        name = mapped.get(part) or _named(PARTS[part], seen, taken)
+        if name is not None:
+            found[part] = name
+        return name is not None
+
+    if not all(any(take(part) for part in group) for group in form.needs):
+        return None
+    for part in form.may:
+        if part in _ASKED and set(_ASKED) & set(found):
+            continue
+        take(part)
+    used = set(found.values())
+    return Layout(form, found, tuple(name for name in seen if name not in used))
+
+
+def _named(names: Sequence[str], seen: Seen, taken: set[str]) -> str | None:
+    there: dict[str, str] = {}
+    for column, types in seen.items():
+        if types and column not in taken:
+            there.setdefault(column.strip().lower(), column)
+    return next((there[name] for name in names if name in there), None)
+
+
+def _wrong_columns(seen: Seen, columns: Mapping[str, str]) -> list[str]:
+    problems = []
+    for part, name in columns.items():
+        if part not in PARTS and part not in MESSAGE_PARTS:
+            problems.append(f"dataset.columns.{part}: no part of a row{nearest(part, [*PARTS, *MESSAGE_PARTS])}; there "
+                            f"are: {', '.join([*PARTS, *MESSAGE_PARTS])}")  # fmt: skip
+        elif part in PARTS and name not in seen:
+            problems.append(f"dataset.columns.{part}={name}: no such column{nearest(name, list(seen))}; there are: "
+                            f"{listed(seen)}")  # fmt: skip
+    return problems
+
+
+def _lacking(form: Form, shape: str, seen: Seen, mapped: Mapping[str, str]) -> str:
+    lacks = [group for group in form.needs
+             if not any(part in mapped or _named(PARTS[part], seen, set()) for part in group)]  # fmt: skip
+    if lacks:
+        named = " and for ".join(" or ".join(f"`{part}`" for part in group) for group in lacks)
+        return (f"dataset.shape={shape}: no column for {named}; there are: {listed(seen)}; name it, as in "
+                f"'dataset.columns={{{lacks[0][0]}: COLUMN}}'")  # fmt: skip
+    parts = [*(part for group in form.needs for part in group), *form.may]
+    return (f"dataset.columns: {listed(part for part in mapped if part not in parts)} is no part of "
+            f"dataset.shape={shape}, whose parts are {', '.join(parts)}")  # fmt: skip

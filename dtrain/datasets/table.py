@@ -1,0 +1,118 @@
+"""What datasets of rows in columns share: finding out what the rows are, and reading them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from dtrain.config.spec import spec
+from dtrain.datasets._messages import ROLES, Names
+from dtrain.datasets._rows import Reading
+from dtrain.datasets._shapes import LOOKED_AT, MESSAGE_PARTS, PARTS, Shape, look
+from dtrain.datasets._values import from_json, listed
+from dtrain.datasets.badrows import BadRowError, BadRows
+from dtrain.datasets.base import AbstractRows, Example
+
+Found = tuple[str, dict[str, Any] | BadRowError]
+"""A row's source, as `file:line`, and its values by column, or why it has none."""
+
+
+@spec
+class AbstractTable(AbstractRows):
+    shape: Shape = "auto"
+    """What a row is: text, completion, messages, sharegpt, alpaca, qa, classification, preference, kto; `auto` finds it
+    by looking at the first rows, and prints it."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Parts of a row and the columns that hold them, as {question: ask, answer: reply}; what is not named is found by
+    usual names. `role` and `content` are the keys of a message."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """Roles in the rows and what they are to the chat template, as {search: function_call, return: tool}; the usual
+    names are known."""
+    labels: list[str] = Field(default_factory=list)
+    """The labels of a classification that there may be; any where none is named."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[Found]:
+        """In file order, the same each time. Raises DataError."""
+
+    @abstractmethod
+    def about(self) -> list[str]:
+        """Where the rows come from and how they are read, a line each. Raises DataError."""
+
+    def problems(self) -> list[str]:
+        parts = [*PARTS, *MESSAGE_PARTS]
+        return [f"dataset.columns.{part}: no part of a row; there are: {', '.join(parts)}"
+                for part in self.columns if part not in parts]  # fmt: skip
+
+    def notes(self) -> list[str]:
+        found = self._look()
+        return self.about() + (_words(*found) if found else [])
+
+    def examples(self) -> Iterator[Example]:
+        found = self._look()
+        bad = BadRows.of(self)
+        shape: type[Example] | None = None
+        for source, row in self.rows():
+            try:
+                if isinstance(row, BadRowError):
+                    raise row
+                assert found is not None, "a row that is none of the first"
+                example = found[0].example(source, row)
+                shape = shape or type(example)
+                if type(example) is not shape:
+                    raise BadRowError(f"a {type(example).__name__.lower()} among rows of {shape.__name__.lower()}: "
+                                      f"keep one kind in a dataset")  # fmt: skip
+            except BadRowError as error:
+                yield bad.add(source, error)
+                continue
+            bad.num_good += 1
+            if not bad.fatal:
+                yield example
+        bad.check()
+
+    def _look(self) -> tuple[Reading, Sequence[Mapping[str, Any]]] | None:
+        """How to read the rows, and the first of them; None where there is none. Raises DataError."""
+        first: list[dict[str, Any]] = []
+        for number, (_, row) in enumerate(self.rows(), start=1):
+            if isinstance(row, dict):
+                first.append(row)
+            if first and number >= LOOKED_AT:
+                break
+        if not first:
+            return None
+        names = Names(self.roles, self.columns.get("role"), self.columns.get("content"))
+        return Reading(look(first, self.shape, self.columns), names, self.labels), first
+
+
+def _words(reading: Reading, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the rows are, what they become, and what of them is not used."""
+    layout, names = reading.layout, reading.names
+    messages = [message for row in rows for part in ("prompt", "completion", "messages", "chosen", "rejected")
+                for message in _dicts(reading.get(row, part))]  # fmt: skip
+    name = "sharegpt" if layout.form.name == "messages" and any("from" in message for message in messages) else None
+    lines = [f"{name or layout.form.name} rows ({layout.text}) {layout.form.words}"]
+    if layout.unused:
+        lines[0] += f"; columns not used: {', '.join(layout.unused)}"
+    roles = dict.fromkeys(str(names.role_of(message)) for message in messages)
+    renamed = [f"{role} as {as_what}" for role in roles if (as_what := _known(names, role)) not in (role, None)]
+    if renamed:
+        lines.append(f"roles: {', '.join(renamed)}")
+    unused = dict.fromkeys(key for message in messages for key in names.unused(message))
+    if unused:
+        lines.append(f"keys of messages that are not used: {listed(unused)}")
+    return lines
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    try:
+        value = from_json(value, "") if isinstance(value, str) and value.lstrip().startswith("[") else value
+    except BadRowError:
+        return []
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
+
+
+def _known(names: Names, role: str) -> str | None:
+    return names.roles.get(role) or ROLES.get(role) or ROLES.get(role.lower())
