@@ -1,7 +1,8 @@
 """Named places where a test ends or delays this process, as a power cut would: by the environment, never by accident.
 
 `DTRAIN_FAIL=ckpt.manifest:kill` kills every process that comes to that place; `ckpt.tensors:kill:rank=1:after=2` the
-one of rank 1, at the third time; `ckpt.tensors:sleep=0.5` waits there; `ckpt.tensors:full` fails as a full disk does.
+one of rank 1, at the third time; `ckpt.tensors:sleep=0.5` waits there; `ckpt.tensors:full:times=1` fails as a full disk
+does, once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def reach(name: str) -> None:
         if limits.get("rank", os.environ.get("RANK", "0")) != os.environ.get("RANK", "0"):
             continue
         _passed[one] = _passed.get(one, 0) + 1
-        if _passed[one] <= int(limits.get("after", "0")):
+        after = int(limits.get("after", "0"))
+        if not after < _passed[one] <= after + int(limits.get("times", "1000000000")):
             continue
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,11 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "transformers.models.qwen2.modeling_qwen2", "deepspeed", "tests.processes"]
+PRELOAD = ["torch", "torch.distributed", "transformers.models.qwen2.modeling_qwen2", "deepspeed", "tests.processes",
+           "pyarrow", "pandas", "xxhash", "dtrain.engine.worker", "dtrain.engine.build", "dtrain.checkpoint.resume",
+           "dtrain.checkpoint.saver", "dtrain.data.prepare", "dtrain.datasets.jsonl", "dtrain.models._causal",
+           "dtrain.models.tiny", "dtrain.objectives._causal", "dtrain.strategies._ddp", "dtrain.strategies._fsdp2",
+           "dtrain.strategies._zero", "dtrain.trackers.fan_out", "dtrain.trackers.jsonl"]  # fmt: skip
 """Imported once, in the process that all ranks are forked from: a test then costs tenths of a second, not many."""
 
 

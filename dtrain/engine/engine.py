@@ -188,7 +188,8 @@ class Engine:
             self._save()
 
     def _save(self) -> None:
-        """Unless this very step is saved. Collective."""
+        """Unless this very step is saved, which shows when the last save is over. Collective."""
+        self._hear_all()
         if self._saving is None or self._saved_step == self._state.step:
             return
         self._progress.phase, self._progress.step = "save", self._state.step
@@ -198,7 +199,6 @@ class Engine:
         if state.eval_step == state.step and state.eval_loss is not None:
             metrics["eval_loss"] = state.eval_loss
         what = self._saving.describe(state, metrics)
-        self._hear_all()
         self._saver.save(self._strategy.shards(), what, rng.save(self._comm.device))
         self._saved_step, self._save_due = state.step, False
         self._control.saved()

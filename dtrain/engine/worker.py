@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 SLOW_BYTES_PER_S = 5e8
 """Of a file system that many write to at once: what a first save is guessed by."""
 
+SEEN_S = 30.0
+"""What a network file system gets to show to all ranks what one has written."""
+
 
 def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     """Does not return: the process ends here, without the interpreter's teardown, in which torch's process group and
@@ -144,7 +147,7 @@ def _shared(run: RunDir, comm: AbstractComm) -> None:
         path.parent.mkdir(exist_ok=True)
         path.touch()
     comm.barrier()
-    deadline = time.monotonic() + 30  # a network file system may show it late
+    deadline = time.monotonic() + SEEN_S
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
         with contextlib.suppress(OSError):

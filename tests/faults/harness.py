@@ -25,10 +25,6 @@ from dtrain.launchers.verdict import judge
 from dtrain.runs import Outcome, RunDir
 from tests.processes import PRELOAD, free_port
 
-WORKER = [*PRELOAD, "dtrain.engine.worker", "dtrain.engine.build", "dtrain.checkpoint.resume", "dtrain.checkpoint.saver",
-          "dtrain.data.prepare", "dtrain.trackers.console", "dtrain.trackers.jsonl", "dtrain.strategies._ddp",
-          "dtrain.strategies._fsdp2", "dtrain.strategies._zero", "dtrain.models.tiny", "dtrain.models._causal", "dtrain.objectives._causal", "dtrain.datasets.jsonl",
-          "dtrain.trackers.fan_out", "pandas", "pyarrow", "xxhash", "tests.faults.harness"]  # fmt: skip
 TYPED = ["dataset=jsonl", "dataset.path=texts.jsonl", "dataset.max_length=32", "model.hidden=32", "model.layers=2",
          "model.intermediate=56", "model.vocab=300", "model.max_positions=32", "batch.global_batch=4", "eval.fraction=0.05",
          "eval.every_steps=0", "eval.max_rows=4", "schedule.warmup_steps=2", "optim.lr=5e-3", "tracker=jsonl",
@@ -76,7 +72,7 @@ def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ende
 
 def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, *, limit_s: float | None = None) -> Outcome:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(WORKER)
+    context.set_forkserver_preload(PRELOAD)
     size, port = run.read_manifest()["size"], free_port()
     procs = [context.Process(target=_rank, args=(rank, size, port, run.path, attempt, fault.fail, fault.before), daemon=True)
              for rank in range(size)]  # fmt: skip
