@@ -97,7 +97,8 @@ def _compared(start: Start, config: Config, identity: Mapping[str, Any], say: Sa
         read = manifest.read(folder)
         assert config.train.steps is not None
         steps = (int(read.identity.get("train.steps", config.train.steps)), config.train.steps)
-        found = differences(read.identity, identity, same_course=same_course(config.schedule, steps, read.step))
+        course = same_course(config.schedule, steps, read.step)
+        found = differences(read.identity, identity, same_course=course) if read.identity else []
         refused = [one for one in found if not one.allowed(config.resume.allow)]
         if refused and not kept:
             keys = ",".join(one.key for one in refused)
@@ -112,6 +113,9 @@ def _compared(start: Start, config: Config, identity: Mapping[str, Any], say: Sa
             start = dataclasses.replace(start, step=read.step, differences=tuple(map(str, found)))
             for one in found:
                 say(f"resume: allowed: {one}")
+            if not read.identity:
+                say(f"resume: {folder} was imported from {read.made_by.get('imported')}: how that was made is not "
+                    f"known, so nothing of this configuration could be compared with it")  # fmt: skip
             for line in _free(read, config):
                 say(f"resume: {line}")
         kept.append(folder)

@@ -16,6 +16,8 @@ from dtrain.verbs._table import size
 def by(read: Manifest) -> str:
     """Who made it: the strategy and on how many ranks."""
     said = read.made_by
+    if said.get("imported"):
+        return "imported"
     return f"{said['strategy']} x {said.get('size', '?')}" if said.get("strategy") else "-"
 
 
@@ -31,8 +33,7 @@ def in_words(folder: Path, read: Manifest, *, state: str, pointers: str) -> list
     found: list[tuple[str, object]] = [
         ("checkpoint", folder),
         ("step", f"{read.step:,} of {_at(read.config, 'train', 'steps') or '?'}"),
-        ("saved", f"{when(read)} by attempt {made.get('attempt', '?')} of run {made.get('name') or '?'}"),
-        ("made by", f"{by(read)} ranks on {made.get('device') or '?'}"),
+        *_origin(read),
         ("state", state),
         ("pointers", pointers or "none"),
         ("size", f"{size(read.num_bytes)} in {_count(len(read.files), 'file')}"),
@@ -47,8 +48,18 @@ def in_words(folder: Path, read: Manifest, *, state: str, pointers: str) -> list
     git = made.get("git") or {}
     if git:
         found.append(("git", f"{git.get('commit', '')[:12]}{' with changes' if git.get('dirty') else ''}"))
+    if not read.identity:
+        return [*found, ("result by", "not known: nothing is compared when a run starts from it")]
     found.append(("result by", "what decides it; a run that differs in it is not gone on with:"))
     return [*found, *((f"  {group}", _listed(values)) for group, values in _grouped(read.identity).items())]
+
+
+def _origin(read: Manifest) -> list[tuple[str, object]]:
+    made = read.made_by
+    if made.get("imported"):
+        return [("imported", f"{when(read)} from {made['imported']} ({made.get('kind') or '?'})")]
+    return [("saved", f"{when(read)} by attempt {made.get('attempt', '?')} of run {made.get('name') or '?'}"),
+            ("made by", f"{by(read)} ranks on {made.get('device') or '?'}")]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

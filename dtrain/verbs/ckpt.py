@@ -1,4 +1,4 @@
-"""List a run's checkpoints, show, verify or compare them, ask for one, or remove old ones."""
+"""List a run's checkpoints, show, verify or compare them, ask for one, remove old ones, or import another tool's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from dtrain.checkpoint import manifest, retention, verify
 from dtrain.checkpoint.manifest import Manifest, step_of
 from dtrain.errors import CheckpointError, RunError, StorageError
+from dtrain.verbs import _ckpt_import
 from dtrain.verbs._checkpoints import STEP_HELP, at_step, chosen, named, some
 from dtrain.verbs._manifests import by, differing, in_words, when
 from dtrain.verbs._table import lines, size, table
@@ -31,7 +32,7 @@ _LOOK_S = 0.2
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls|show|verify|save|prune|diff")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls|show|verify|save|prune|diff|import")
     ls = _verb(verbs, "ls", "every checkpoint of a run, newest first, with its metrics and what points to it")
     ls.add_argument("run", type=Path, help=_PATH)
     ls.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -58,6 +59,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     for name in ("a", "b"):
         diff.add_argument(name, type=Path, help=f"{_PATH}; of a run its newest whole one")
     diff.add_argument("--top", type=int, default=10, metavar="N", help="list so many parameters (10)")
+    _ckpt_import.add(_verb(verbs, "import", _ckpt_import.SUMMARY))
 
 
 def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:
@@ -67,6 +69,7 @@ def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str,
 def run(args: argparse.Namespace) -> int:
     verbs: dict[str, Callable[[argparse.Namespace], int]] = {
         "ls": _ls, "show": _show, "verify": _verify, "save": _save, "prune": _prune, "diff": _diff,
+        "import": _ckpt_import.run,
     }  # fmt: skip
     return verbs[args.verb](args)
 
