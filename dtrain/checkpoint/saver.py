@@ -51,7 +51,8 @@ class Saved:
         """For the screen."""
         if self.error is not None:
             return f"step {self.step} was not saved: {self.error}"
-        line = (f"saved step {self.step}: {self.num_bytes / 1e9:,.2f} GB in {self.write_s:.1f} s, of which training "
+        size = f"{self.num_bytes / 1e9:,.2f} GB" if self.num_bytes >= 1e8 else f"{self.num_bytes / 1e6:,.1f} MB"
+        line = (f"saved step {self.step}: {size} in {self.write_s:.1f} s, of which training "
                 f"waited {self.pause_s:.2f} s")  # fmt: skip
         return line if self.problem is None else f"{line}; but older ones may be left: {self.problem}"
 
