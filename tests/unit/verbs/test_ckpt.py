@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dtrain.checkpoint import verify
 from dtrain.cli import run as dtrain
 from dtrain.runs import RunDir
+from dtrain.verbs import ckpt
 from tests.unit.checkpoint.synthetic import Tensors, tensors, write
 from tests.unit.test_source import HEAVY
 
@@ -269,13 +272,15 @@ class _Running:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
+        self.looks = 0
+        """How often somebody looked for checkpoints."""
         self._end = threading.Event()
         self._held = threading.Event()
         self._thread = threading.Thread(target=self._live)
         self._script: list[str] = []
 
     def does(self, *script: str) -> None:
-        """`take` the trigger when it is there; `begin N` and `commit N` a save; `end`."""
+        """`take` the trigger when it is there; `begin N` and `commit N` a save; be `seen` as it is then; `end`."""
         self._script = list(script)
         self._thread.start()
         assert self._held.wait(10)
@@ -294,6 +299,10 @@ class _Running:
                     )
                 elif word == "commit":
                     (self.run.checkpoints / f".tmp-{step}").rename(_folder(self.run, int(step)))
+                elif word == "seen":
+                    before = self.looks
+                    while self.looks < before + 2 and not self._end.is_set():
+                        time.sleep(0.01)
                 elif word == "end":
                     return
             self._end.wait(30)
@@ -305,8 +314,14 @@ class _Running:
 
 
 @pytest.fixture
-def running(run: RunDir) -> Iterator[_Running]:
+def running(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Running]:
     found = _Running(run)
+
+    def committed(root: Path) -> list[Path]:
+        found.looks += 1
+        return verify.committed(root)
+
+    monkeypatch.setattr(ckpt, "verify", SimpleNamespace(committed=committed))
     yield found
     found.stop()
 
@@ -319,7 +334,7 @@ def test_save(run: RunDir, running: _Running, said: _Said) -> None:
 
 def test_a_save_that_had_begun_is_not_the_one_that_is_asked_for(run: RunDir, running: _Running, said: _Said) -> None:
     write(run.checkpoints / ".tmp-x", 51, tensors({"w": (3,)})).rename(run.checkpoints / ".tmp-51")
-    running.does("take", "commit 51", "begin 55", "commit 55")
+    running.does("take", "commit 51", "seen", "begin 55", "commit 55")
     assert said("save", "mine") == f"{_folder(run, 55)}\n"
 
 
