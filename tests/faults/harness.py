@@ -58,7 +58,7 @@ class Fault:
 
 
 def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ended:
-    """`dtrain launch run.name=NAME ...` in `folder`; never more than a minute."""
+    """`dtrain launch run.name=NAME ...` in `folder`; never more than two minutes."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch("dtrain.launchers.supervise.supervise", functools.partial(_supervise, fault)),
@@ -79,7 +79,7 @@ def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, *, lim
     for proc in procs:
         proc.start()
     try:
-        _watch(procs, lambda: fault.kill(run, attempt), fault.others_s, time.monotonic() + 60)
+        _watch(procs, lambda: fault.kill(run, attempt), fault.others_s, time.monotonic() + 120)
     finally:
         for proc in procs:
             proc.kill()

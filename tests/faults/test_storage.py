@@ -274,6 +274,60 @@ def test_saves_on_a_slow_disk_do_not_pile_up(small: Path, tmp_path: Path) -> Non
     assert [problem for folder in folders for problem in problems(folder)] == []
 
 
+def _fails_unheard(small: Path, root: Path, typed: list[str]) -> list[Any]:
+    """What the saver says of a save that failed, before and after it is waited for."""
+    built = make_built(small, typed)
+    saving = _saving(built, root)
+    saving.saver.save(built.strategy.shards(), saving.describe(built.engine._state, {}), {})
+    for thread in threading.enumerate():
+        if thread.name.startswith("save-"):
+            thread.join()
+    said: list[Any] = [saving.saver.failed, saving.saver.finished()]
+    saving.saver.wait()
+    failed = saving.saver.finished()
+    return [*said, failed and failed.error, saving.saver.finished()]
+
+
+def test_a_failure_is_told_when_all_wait_for_it_and_no_earlier(small: Path, tmp_path: Path) -> None:
+    """One rank knows of it before another: told at once, one would stop at another step than the rest."""
+    root = tmp_path / "file"
+    root.write_text("")
+    for said in run_ranks(
+        _fails_unheard, small, root / "in", overrides(small, Recipe(4, steps=1), "strategy=ddp"), size=2
+    ):
+        assert said == [True, None, f"{root / 'in'}: rank 0: Not a directory", None]
+
+
+def _not_finite(small: Path, root: Path, typed: list[str]) -> str:
+    from dtrain.engine.state import Progress
+    from dtrain.errors import NonFiniteError
+
+    os.environ[VARIABLE] = "ckpt.tensors:sleep=0.3"
+    built, notes = make_built(small, typed), Notes()
+    objective = built.engine._objective
+
+    def breaks(module: Any, batch: Any) -> Any:
+        loss = objective(module, batch)
+        if len(notes.reports) == 2:
+            loss.total.data.fill_(float("nan"))
+        return loss
+
+    built.engine._objective = breaks
+    try:
+        built.engine.run([notes], Progress(), _saving(built, root))
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_being_written_when_a_loss_is_not_finite_is_finished(small: Path, tmp_path: Path) -> None:
+    typed = overrides(small, Recipe(4, steps=9), "strategy=ddp")
+    for said in run_ranks(_not_finite, small, tmp_path, typed, size=2):
+        assert said.startswith("the loss is not finite")
+    assert [path.name for path in committed(tmp_path)] == ["step-00000001"]
+    assert problems(committed(tmp_path)[0]) == []
+
+
 def test_a_second_job_is_refused(folder: Path, whole: Callable[[int], RunDir]) -> None:
     run = RunDir(folder / "runs" / "two")
     second: list[Any] = []
