@@ -6,7 +6,7 @@ RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 # Tests start many processes of one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo install check lint test test-fast gpu-check bench clean
+.PHONY: help demo install check lint test test-fast matrix gpu-check bench clean
 
 help:            ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -40,6 +40,9 @@ test: install    ## every test, multi-rank ones included
 
 test-fast: install  ## under two minutes: no processes but a few
 	$(BIN)/python -m pytest tests/unit -m 'not slow' -x
+
+matrix: install  ## checkpoints of every strategy and number of ranks, gone on from under every other; an hour
+	DTRAIN_MATRIX=whole $(BIN)/python -m pytest tests/contract/test_resume.py
 
 check: lint test ## all that a change must pass
 

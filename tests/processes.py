@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -15,7 +16,7 @@ PRELOAD = ["torch", "torch.distributed", "transformers.models.qwen2.modeling_qwe
            "pyarrow", "pandas", "xxhash", "dtrain.engine.worker", "dtrain.engine.build", "dtrain.checkpoint.resume",
            "dtrain.checkpoint.saver", "dtrain.data.prepare", "dtrain.datasets.jsonl", "dtrain.models._causal",
            "dtrain.models.tiny", "dtrain.objectives._causal", "dtrain.strategies._ddp", "dtrain.strategies._fsdp2",
-           "dtrain.strategies._zero", "dtrain.trackers.fan_out", "dtrain.trackers.jsonl"]  # fmt: skip
+           "dtrain.strategies._zero", "dtrain.trackers.fan_out", "dtrain.trackers.jsonl", "tests.preload"]  # fmt: skip
 """Imported once, in the process that all ranks are forked from: a test then costs tenths of a second, not many."""
 
 
@@ -25,6 +26,7 @@ def _rank(rank: int, size: int, port: int, fn: Callable[..., Any], args: tuple[A
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage when it starts, and would look through all that was imported
     try:
         pipe.send((fn(*args), None))
     except BaseException:

@@ -36,6 +36,32 @@ class _DDP(AbstractStrategy):
                 bundle.module, device_ids=[self._device] if self._device.type == "cuda" else None,
                 bucket_cap_mb=self._spec.bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False,
             )  # fmt: skip
+            self._settle_buckets(bundle.module)
+
+    def _settle_buckets(self, module: nn.Module) -> None:
+        """Have torch put every gradient into the bucket where it stays. Collective: one reduction of zeros.
+
+        Torch begins with one bucket for all, and divides it anew by the order in which the first backward pass brought
+        the gradients. Where a gradient lies in its bucket decides in which order three and more ranks are summed, so
+        the first step after a resume would be rounded differently from the same step of a run that was not interrupted.
+        """
+        # What is added last has its backward first: so the last layer comes first, as it does in training, and vectors,
+        # which are small, at the end. Norms are listed after the weights that they come before, and a bucket waits for
+        # all that is in it.
+        order = sorted((p for p in module.parameters() if p.requires_grad), key=lambda p: p.ndim > 1)
+
+        def touch() -> torch.Tensor:
+            total = torch.zeros((), device=self._device)
+            for param in order:
+                total = total + param.sum() * 0.0
+            return total
+
+        forward = module.forward
+        module.forward = touch
+        try:
+            self.module().backward()
+        finally:
+            module.forward = forward
 
     def micro(self, *, sync: bool) -> AbstractContextManager[None]:
         if sync or not isinstance(self.module, nn.parallel.DistributedDataParallel):

@@ -35,14 +35,14 @@ class Recipe:
     seed: int = 5
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, *, dropout: float = 0.0) -> None:
     """`folder/model` and `folder/{train,eval}.arrow`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=56, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
+        intermediate_size=56, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1, attention_dropout=dropout,
     )  # fmt: skip
     Qwen2ForCausalLM(config).float().save_pretrained(folder / "model", max_shard_size="20KB")
     draw = np.random.default_rng(0)
@@ -60,8 +60,22 @@ def _row(draw: np.random.Generator) -> Row:
     return Row(draw.integers(0, VOCAB, total).astype(np.int32), targets, lengths)
 
 
-def reference(folder: Path, recipe: Recipe) -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
-    """Losses and gradient norms per step, final weights, and the final loss on the held-out rows."""
+@dataclasses.dataclass
+class Trained:
+    """What a run came to."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, np.ndarray]
+    eval_loss: float
+    moments: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    """Of the reference: by state, then by parameter."""
+    ids: list[list[int]] = dataclasses.field(default_factory=list)
+    """Of the reference: the rows of each step."""
+
+
+def reference(folder: Path, recipe: Recipe) -> Trained:
+    """What the plain loop makes of it."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
@@ -71,10 +85,10 @@ def reference(folder: Path, recipe: Recipe) -> tuple[list[float], list[float], d
         [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         betas=(0.9, 0.95), eps=recipe.eps,
     )  # fmt: skip
-    store, losses, norms = RowStore(folder / "train.arrow"), [], []
+    store, losses, norms, ids = RowStore(folder / "train.arrow"), [], [], []
     for step in range(recipe.steps):
-        rows = [store.row(int(i)) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))]
-        loss = _mean_loss(model, rows)
+        ids.append([int(i) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))])
+        loss = _mean_loss(model, [store.row(i) for i in ids[-1]])
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)))
         for group in optimizer.param_groups:
@@ -85,7 +99,11 @@ def reference(folder: Path, recipe: Recipe) -> tuple[list[float], list[float], d
     held_out = RowStore(folder / "eval.arrow")
     with torch.no_grad():
         eval_loss = float(_mean_loss(model, [held_out.row(i) for i in range(len(held_out))]))
-    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}, eval_loss
+    named = dict(model.named_parameters())
+    moments = {key: {name: optimizer.state[p][key].numpy() for name, p in named.items()}
+               for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    weights = {name: p.detach().numpy() for name, p in named.items()}
+    return Trained(losses, norms, weights, eval_loss, moments, ids)
 
 
 def _mean_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
@@ -136,14 +154,6 @@ class Record:
         self.evals.append(report)
 
     def note(self, line: str) -> None: ...
-
-
-@dataclasses.dataclass
-class Trained:
-    losses: list[float]
-    norms: list[float]
-    weights: dict[str, np.ndarray]
-    eval_loss: float
 
 
 def make_built(folder: Path, typed: list[str], *, resume: Any = None) -> Any:
