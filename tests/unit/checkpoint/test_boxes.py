@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.checkpoint.boxes import Box, boxes, runs
@@ -33,6 +33,7 @@ def _elements(shape: tuple[int, ...], box: Box) -> list[int]:
     return whole[tuple(slice(at, at + size) for at, size in zip(box.offset, box.sizes, strict=True))].ravel().tolist()
 
 
+@settings(deadline=None)
 @given(ranges())
 def test_a_range_as_boxes(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, numel = case
@@ -41,6 +42,7 @@ def test_a_range_as_boxes(case: tuple[tuple[int, ...], int, int]) -> None:
     assert len(found) <= max(1, 2 * (len(shape) - 1) + 1)
 
 
+@settings(deadline=None)
 @given(some_box())
 def test_a_box_as_ranges(case: tuple[tuple[int, ...], Box]) -> None:
     shape, box = case
@@ -49,6 +51,7 @@ def test_a_box_as_ranges(case: tuple[tuple[int, ...], Box]) -> None:
     assert len(found) <= max(1, math.prod(box.sizes[:-1]))
 
 
+@settings(deadline=None)
 @given(ranges())
 def test_a_box_of_a_range_is_one_range(case: tuple[tuple[int, ...], int, int]) -> None:
     """So that a file of boxes can be written straight from the flat range."""

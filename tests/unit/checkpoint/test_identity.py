@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from dtrain.schedules.linear import Linear
 from dtrain.schedules.wsd import WSD
 
 
-@pytest.fixture
-def assets(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("assets")
     config = {"hidden_size": 64, "rope": {"theta": 1e4}, "transformers_version": "5.0", "architectures": ["X"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return tmp_path
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
+@functools.cache
 def _identity(assets: Path, *typed: str, data: str = "d") -> dict:
     return identity(configure(list(typed), None)[0], data=data, tokenizer="t", assets=assets)
 

@@ -24,6 +24,7 @@ SHAPES = {"a": (3, 4, 5), "norm": (7,), "b": (6, 10), "scale": ()}
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5 * ALIGN), st.integers(1, 5), st.integers(0, 9))
 def test_replicas_write_everything_once(numel: int, replicas: int, index: int) -> None:
     view = torch.arange(numel, dtype=torch.float32)
