@@ -298,6 +298,26 @@ def test_a_failure_is_told_when_all_wait_for_it_and_no_earlier(small: Path, tmp_
         assert said == [True, None, f"{root / 'in'}: rank 0: Not a directory", None]
 
 
+def _cannot_clean_up(small: Path, root: Path, typed: list[str]) -> list[str]:
+    from dtrain.checkpoint import saver
+    from dtrain.engine.state import Progress
+
+    def discard(folder: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    os.environ[VARIABLE] = "ckpt.manifest:full"
+    saver.discard = discard
+    built, notes = make_built(small, typed), Notes()
+    built.engine.run([notes], Progress(), _saving(built, root))
+    return notes.notes
+
+
+def test_where_the_rest_cannot_be_removed_the_first_error_is_told(small: Path, tmp_path: Path) -> None:
+    typed = overrides(small, Recipe(4, steps=1), "strategy=ddp")
+    for notes in run_ranks(_cannot_clean_up, small, tmp_path, typed, size=2):
+        assert set(notes) == {f"step 1 was not saved: {tmp_path}: rank 0: No space left on device"}
+
+
 def _not_finite(small: Path, root: Path, typed: list[str]) -> str:
     from dtrain.engine.state import Progress
     from dtrain.errors import NonFiniteError
