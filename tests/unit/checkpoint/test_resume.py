@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.unit.checkpoint.synthetic import tensors, write
 OURS = {"optim": "a.AdamW", "optim.lr": 0.1, "data": "abc", "model.hidden_size": 64, "train.steps": 100}
 
 
+@functools.cache
 def _config(*typed: str) -> Config:
     return configure(["schedule=constant", "train.steps=100", *typed], None)[0]
 
