@@ -23,6 +23,8 @@ _STRUCTURE = re.compile(r"[\[\]{}()'\"$,\\]")
 
 _EITHER = (("train.steps", "train.epochs"), ("batch.global_batch", "batch.global_tokens"))
 """Two keys for one number: to type one takes back the other's default."""
+_IMPLIED = {"dataset.path": ("dataset", "files")}
+"""Keys that are typed for one choice only: to type one chooses it, unless the group is chosen otherwise."""
 _SHORT = {"resume": "resume.path"}
 """What may be typed for a key that stands in a section."""
 
@@ -83,6 +85,7 @@ def compose(overrides: Sequence[str], extra: Path | None = None) -> Composed:
     """What the files and the overrides come to. Raises ConfigError where nothing can be composed at all."""
     _check_folder(extra)
     prepared, problems = _prepare(overrides, choices(extra))
+    prepared += _implied(prepared, extra)
     try:
         plain, chosen = _compose(prepared, extra)
     except ConfigError as error:
@@ -239,6 +242,21 @@ def _prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
         if len(given) == 1:
             prepared += [f"++{key}=null" for key in pair if key not in given]
     return prepared, problems
+
+
+def _implied(prepared: Sequence[str], extra: Path | None) -> list[str]:
+    typed = dict(one.lstrip("+").partition("=")[::2] for one in prepared)
+    return [f"{group}={choice}" for key, (group, choice) in _IMPLIED.items()
+            if key in typed and group not in typed and not _chooses(typed, group, extra)]  # fmt: skip
+
+
+def _chooses(typed: Mapping[str, str], group: str, extra: Path | None) -> bool:
+    """Whether a file that was typed, such as an experiment, chooses of this group."""
+    paths = [root / typed_group / f"{choice}.yaml" for root in (conf_dir(), extra) if root
+             for typed_group, choice in typed.items() if defaults().get(typed_group) is None]  # fmt: skip
+    return any(
+        re.search(rf"override\s+/{group}\b", path.read_text(encoding="utf-8")) for path in paths if path.is_file()
+    )
 
 
 def _choose(  # noqa: PLR0911 - one for each way to choose wrongly

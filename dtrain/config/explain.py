@@ -77,10 +77,11 @@ def _keys(path: str, value: Any) -> dict[str, Key]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        default = getattr(field.default, "default", field.default)
-        return "none, it must be given" if default is dataclasses.MISSING else str(default)
-    return "none, it must be given"
+    factory = getattr(field.default, "default_factory", None)
+    if factory is not None:
+        return str(factory())
+    default = getattr(field.default, "default", field.default)
+    return "none, it must be given" if default is dataclasses.MISSING else str(default)
 
 
 def _type(cls: type, name: str) -> str:

@@ -67,6 +67,10 @@ class AbstractSpec(ABC):  # noqa: B024 - what is abstract differs by group
         """What is wrong with these values taken together, each as `key: value, reason, way out`; none as a rule."""
         return []
 
+    def packages(self) -> Mapping[str, str]:
+        """Values that name what is imported, each as `key=value`, and its package, which `plugins` must allow."""
+        return {}
+
 
 class ModelSpec(AbstractSpec):
     group = "model"

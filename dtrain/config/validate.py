@@ -46,6 +46,10 @@ def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = (), found: Seq
     for part in (*values.values(), *(values["tracker"] or {}).values()):
         if part is not None and hasattr(part, "problems"):
             problems += part.problems()
+        if isinstance(part, AbstractSpec):
+            problems += [f"{key}: {package} is imported only where it is allowed; if it is a package of your own, type "
+                         f"plugins=[{package}] on the command line" for key, package in part.packages().items()
+                         if package not in plugins]  # fmt: skip
     if problems:
         raise ConfigError.of(problems)
     return Config(**values)

@@ -60,4 +60,4 @@ def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[str
         for start in range(0, len(batch), _ROWS):
             for row in batch.slice(start, _ROWS).to_pylist():
                 number += 1
-                yield f"row {number}", without_nulls(row)
+                yield f"row {number}", {name: without_nulls(value) for name, value in row.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterator
 from itertools import islice
@@ -44,11 +45,10 @@ def find_delimiter(file: Path, encoding: str, limit: int, *, quote: str) -> str:
     best, most = ",", 1
     for delimiter in _DELIMITERS:
         with unpacked(file) as opened:
-            reader = _reader(Lines(file, opened, encoding, limit), limit, delimiter, quote)
-            try:
-                nums = [len(cells) for cells in islice(reader, _LOOKED_AT) if cells]
-            except csv.Error:
-                continue
+            nums = []
+            with contextlib.suppress(csv.Error):  # what is wrong with a row is told when it is read
+                for cells in islice(_reader(Lines(file, opened, encoding, limit), limit, delimiter, quote), _LOOKED_AT):
+                    nums += [len(cells)] if cells else []
         if nums and sum(num == nums[0] for num in nums) >= 0.9 * len(nums) and nums[0] > most:
             best, most = delimiter, nums[0]
     return best

@@ -50,9 +50,9 @@ def find(names: Sequence[str], *, any_ending: bool) -> tuple[list[Path], Counter
         if not matching:
             problems.append(_missing(name, path))
             continue
-        problems += [_saved(name, each) for each in matching if _is_saved(each)]
-        there = [(file, each.is_dir()) for each in matching for file in (_inside(each) if each.is_dir() else [each])]
-        known = [file for file, inside in there if any_ending or (_in_folder(file) if inside else format_of(file))]
+        problems += [_saved(name, each) for each in matching if is_saved(each)]
+        there = [(file, each.is_dir()) for each in matching for file in (inside(each) if each.is_dir() else [each])]
+        known = [file for file, below in there if any_ending or (_in_folder(file) if below else format_of(file))]
         if known:
             taken = set(known)
             passed.update(file.suffix.lower() or file.name for file, _ in there if file not in taken)
@@ -102,7 +102,7 @@ def _matching(path: Path) -> list[Path]:
     return sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 - a pattern may be absolute
 
 
-def _inside(folder: Path) -> list[Path]:
+def inside(folder: Path) -> list[Path]:
     """All files in it and below, by name; hidden ones are none."""
     found = []
     for place, folders, names in os.walk(folder):
@@ -111,7 +111,7 @@ def _inside(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in _SAVED)
 
 

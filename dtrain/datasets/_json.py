@@ -152,11 +152,15 @@ class _Values:
                 raise self._error(str(error)) from error
             else:
                 if end < len(self._text) or self._ended:  # a number could go on
+                    self._check_length(end)
                     self._at = end
                     return value
-            if len(self._text) - self._at > self._limit:
-                raise self._error(f"a row longer than dataset.max_row_bytes={self._limit}; raise it, or cut the row")
+            self._check_length(len(self._text))
             self._more(max(_CHUNK, len(self._text) - self._at))
+
+    def _check_length(self, end: int) -> None:
+        if end - self._at > self._limit:
+            raise self._error(f"a row longer than dataset.max_row_bytes={self._limit}; raise it, or cut the row")
 
     def _more(self, num: int) -> None:
         self._pass_lines()

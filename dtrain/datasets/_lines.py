@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (b"\x84\x31\x95\x33", "gb18030"),
 )  # fmt: skip
 _NO_ASCII = re.compile(rb"[^\x00-\x7f]")
+_NO_TEXT = {"Cc", "Cn", "Co", "Cs"}
+"""Kinds of characters that no text has: those for control, for nothing, for private use, and halves."""
+_LETTERS = 5000
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -87,21 +91,23 @@ def _wide(sample: bytes) -> str:
     """UTF-16 without a mark, by where the zeros are; UTF-8 where they are anywhere."""
     half = len(sample) // 2
     even, odd = sample[::2].count(0), sample[1::2].count(0)
-    if odd > half / 5 and even < half / 50 and _is(sample, "utf-16-le"):
-        return "utf-16-le"
-    if even > half / 5 and odd < half / 50 and _is(sample, "utf-16-be"):
-        return "utf-16-be"
-    return "utf-8"
+    often = max(even, odd) > half / 5
+    if min(even, odd) > half / 50 or (not often and _is(sample, "utf-8")):
+        return "utf-8"
+    encoding = "utf-16-le" if odd > even else "utf-16-be"
+    letters = sample[: 2 * _LETTERS].decode(encoding, "replace")[:-1]  # the last one may be cut
+    odd_ones = {letter for letter in letters if unicodedata.category(letter) in _NO_TEXT} - set("\t\r\n")
+    return encoding if _is(sample, encoding) and not odd_ones else "utf-8"
 
 
 def _is_chinese(sample: bytes) -> bool:
-    """Whether its lines are GB18030, and not only by chance: most letters beyond ASCII are common Chinese ones, and
-    more of these lines are GB18030 than are UTF-8.
+    """Whether its lines are GB18030, and not only by chance: most of those beyond ASCII are not UTF-8, and most of
+    their letters are common Chinese ones.
     """
     lines = [line for line in sample.split(b"\n")[:-1] or [sample] if _NO_ASCII.search(line)]
-    if sum(_is(line, "gb18030") for line in lines) <= sum(_is(line, "utf-8") for line in lines):
+    if sum(_is(line, "utf-8") for line in lines) >= len(lines) / 2:
         return False
-    letters = [letter for letter in sample.decode("gb18030", "ignore") if not letter.isascii()][:5000]
+    letters = [letter for letter in sample.decode("gb18030", "ignore") if not letter.isascii()][:_LETTERS]
     common = 0
     for letter in letters:
         code = letter.encode("gb2312", "ignore")
@@ -112,8 +118,9 @@ def _is_chinese(sample: bytes) -> bool:
 def check_encoding(name: str) -> str | None:
     """What is wrong with the name of an encoding."""
     try:
-        b"".decode(name)
-    except LookupError:
+        codecs.lookup(name)
+        b"a".decode(name)  # there are codecs for other things than text
+    except (LookupError, ValueError):
         return f"dataset.encoding={name}: no such encoding; such as utf-8, utf-16, gb18030, big5, latin-1"
     return None
 

@@ -81,7 +81,8 @@ class Names:
             raise BadRowError(f"message {number} is {kind(message)} instead of an object")
         role = self.role_of(message)
         if role is None:
-            raise BadRowError(f"message {number} has no role: it has {listed(message)}")
+            raise BadRowError(f"message {number} has no role: it has {listed(message)}; name the key by "
+                              f"dataset.columns.role")  # fmt: skip
         role = self.known(filled(role, f"the role of message {number}"))
         content, where = self._content_of(message), f"message {number}"
         if role == _CALL:

@@ -15,7 +15,6 @@ Shape = Literal[
 ]
 PARTS: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "content", "document", "sentence", "正文", "文本", "内容"),
-    "label": ("label", "labels", "class", "kto_tag", "标签", "类别"),
     "prompt": ("prompt",),
     "completion": ("completion",),
     "instruction": ("instruction", "指令"),
@@ -31,6 +30,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "tools": ("tools", "functions"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "label": ("label", "labels", "class", "kto_tag", "标签", "类别"),
 }  # fmt: skip
 """Parts of a row, and the names that columns have for each; the first that is there is taken."""
 MESSAGE_PARTS = ("role", "content")
@@ -62,7 +62,7 @@ _ASKED = ("prompt", "question", "messages")
 FORMS = (
     Form("preference", "as pairs of replies", (("chosen",), ("rejected",)), (*_ASKED, "input", "history", *_SIDES)),
     Form("kto", "as replies with a verdict", (("completion", "messages", "answer"), ("label",)),
-         ("prompt", "question", "input", "history", *_SIDES), lambda types: types["label"] <= {bool}),
+         ("prompt", "question", "input", "history", *_SIDES), lambda types: bool in types["label"]),
     Form("messages", "as conversations", (("messages",),), _SIDES, lambda types: bool(types["messages"] & {list, str})),
     Form("alpaca", "as conversations", (("instruction",), ("output",)), ("input", "history", *_SIDES),
          _strings("instruction", "output")),
@@ -106,7 +106,10 @@ def look(rows: Sequence[Mapping[str, Any]], shape: Shape, columns: Mapping[str, 
     fitting = [layout for layout in found if layout.form.fits({part: seen[name]
                for part, name in layout.columns.items()})]  # fmt: skip
     if fitting:
-        return fitting[0]
+        nums = [_rows_of(layout, rows) for layout in fitting]
+        # The first that is of about as many rows as any: a row without its label is a bad row, and no reason to read
+        # the others without theirs.
+        return next(layout for layout, num in zip(fitting, nums, strict=True) if 2 * num >= max(nums))
     if shape != "auto":
         if found:  # it was said, so each row is told what is wrong with it
             return found[0]
@@ -126,6 +129,12 @@ def _seen(rows: Sequence[Mapping[str, Any]]) -> Seen:
             if value is not None:
                 types.add(type(value))
     return {name: frozenset(types) for name, types in seen.items()}
+
+
+def _rows_of(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many rows have all that the form needs."""
+    needed = [name for part, name in layout.columns.items() if any(part in group for group in layout.form.needs)]
+    return sum(all(row.get(name) is not None for name in needed) for row in rows)
 
 
 def _match(form: Form, seen: Seen, mapped: Mapping[str, str]) -> Layout | None:

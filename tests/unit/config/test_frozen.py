@@ -11,7 +11,13 @@ from dtrain.config.spec import GROUPS
 from dtrain.errors import ConfigError
 from dtrain.plan.propose import configure
 
-NEEDED = {"dataset=files": ["dataset.path=somewhere.jsonl"], "dataset=jsonl": ["dataset.path=somewhere.jsonl"], "model=hf": ["model.path=someone/something"]}
+NEEDED = {
+    "dataset=files": ["dataset.path=somewhere.jsonl"],
+    "dataset=jsonl": ["dataset.path=somewhere.jsonl"],
+    "dataset=hub": ["dataset.name=somebody/something"],
+    "dataset=python": ["dataset.function=tests.rows:train", "plugins=[tests]"],
+    "model=hf": ["model.path=someone/something"],
+}
 CHOICES = [f"{group}={name}" for group, names in choices().items() for name in names]
 
 
@@ -21,7 +27,7 @@ def test_every_choice_there_and_back(typed: str, tmp_path, monkeypatch) -> None:
     (tmp_path / "somewhere.jsonl").write_text('{"text": "a"}\n')
     config, _ = configure([typed, *NEEDED.get(typed, [])], None)
     frozen.write(tmp_path / "config.yaml", config)
-    again = frozen.read(tmp_path / "config.yaml", plugins=())
+    again = frozen.read(tmp_path / "config.yaml", plugins=config.plugins)
     assert again == config
     assert frozen.digest(again) == frozen.digest(config)
     assert all(key.doc or "." in key.name for key in keys(config).values())
