@@ -127,7 +127,7 @@ def make_assets(work: Path, steps: int) -> dict:
     from dtrain.plan.settle import settle
 
     config = propose(_overrides(work, steps, "ddp", "model=tiny"), None).config
-    prepared = prepare(config.dataset, config.objective, config.model, eval_fraction=0.0, seed=SEED,
+    prepared = prepare(config.dataset, config.objective, config.model, config.template, eval_fraction=0.0, seed=SEED,
                        cache=work / "cache", say=print)  # fmt: skip
     bundle = config.model.build(prepared.assets, seed=SEED)
     shapes = {name: tuple(param.shape) for name, param in bundle.module.named_parameters()}

@@ -12,6 +12,7 @@ import typing
 from itertools import pairwise
 from typing import Any
 
+from dtrain.config.compose import clip
 from dtrain.config.schema import Config
 from dtrain.config.spec import AbstractSpec
 
@@ -25,7 +26,7 @@ class Key:
     doc: str
 
     def line(self) -> str:
-        return f"{self.name} = {self.value}  ({self.type})"
+        return f"{self.name} = {_in_line(self.value)}  ({self.type})"
 
     def text(self) -> str:
         """For the screen, a few lines."""
@@ -59,9 +60,8 @@ def schema_lines(config: Config) -> list[str]:
         if head != section:
             lines += ["", f"[{head}]" if head else "[top level]"]
             section = head
-        lines.append(
-            f"  {key.name.rsplit('.', 1)[-1]}: {key.type} = {key.value}" + (f"  # {_first(key.doc)}" if key.doc else "")
-        )
+        name, about = key.name.rsplit(".", 1)[-1], f"  # {_first(key.doc)}" if key.doc else ""
+        lines.append(f"  {name}: {key.type} = {_in_line(key.value)}{about}")
     return lines[1:]
 
 
@@ -143,6 +143,10 @@ def _docs(cls: type) -> dict[str, str]:
                     and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)):  # fmt: skip
                 found[field.target.id] = " ".join(after.value.value.split())
     return found
+
+
+def _in_line(value: object) -> object:
+    return clip(value) if isinstance(value, str) else value
 
 
 def _first(doc: str) -> str:

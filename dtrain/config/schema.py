@@ -18,6 +18,7 @@ from dtrain.config.spec import (
     OptimSpec,
     ScheduleSpec,
     StrategySpec,
+    TemplateSpec,
     TrackerSpec,
     TuningSpec,
     spec,
@@ -172,6 +173,7 @@ class Config:
 
     model: ModelSpec
     dataset: DatasetSpec
+    template: TemplateSpec
     objective: ObjectiveSpec
     tuning: TuningSpec
     strategy: StrategySpec

@@ -124,6 +124,10 @@ class ObjectiveSpec(AbstractSpec):
         """The objective to use for rows of this shape: itself, or what `auto` chooses. Raises DataError."""
         return self
 
+    def notes(self, shape: type[Example]) -> list[str]:
+        """What a user should know of what is learned of rows of this shape; none where it goes without saying."""
+        return []
+
     @abstractmethod
     def encode(self, example: Example, tokenizer: TextTokenizer) -> Row:
         """Tokens of one example, and which of them are targets. Raises DataError."""
@@ -131,6 +135,20 @@ class ObjectiveSpec(AbstractSpec):
     @abstractmethod
     def build(self) -> Callable[[nn.Module, Batch], Loss]:
         """The loss of one micro-batch, as a sum over targets."""
+
+
+class TemplateSpec(AbstractSpec):
+    group = "template"
+    name: str
+    """What messages call it."""
+    text: str
+    """Jinja; empty is the tokenizer's own."""
+    ends: tuple[str, ...]
+    """The tokens that end a turn, or `eos_token` for the tokenizer's; empty is any of its special tokens."""
+
+    @abstractmethod
+    def settled(self) -> TemplateSpec:
+        """With what lies in a file read in, so that all ranks and later starts have the same. Raises ConfigError."""
 
 
 class TuningSpec(AbstractSpec):
@@ -216,7 +234,7 @@ class TrackerSpec(AbstractSpec):
 
 GROUPS: dict[str, type[AbstractSpec]] = {
     cls.group: cls
-    for cls in (ModelSpec, DatasetSpec, ObjectiveSpec, TuningSpec, StrategySpec, OptimSpec, ScheduleSpec, LauncherSpec,
-                TrackerSpec)
+    for cls in (ModelSpec, DatasetSpec, TemplateSpec, ObjectiveSpec, TuningSpec, StrategySpec, OptimSpec, ScheduleSpec,
+                LauncherSpec, TrackerSpec)
 }  # fmt: skip
 """Every group that a YAML with `_target_` may stand in, and what its specs must be."""

@@ -1,4 +1,4 @@
-"""A chat template: from messages to text, and which characters of it the assistant wrote."""
+"""A chat template: from messages to text, as transformers renders it, in a sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, final
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -18,20 +18,23 @@ from dtrain.datasets.badrows import BadRowError
 from dtrain.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
 Span = tuple[int, int]
-# Around what the assistant wrote, while rendering; content cannot hold them, since they differ in each process.
+# Around what the template says the assistant wrote; content cannot hold them, since they differ in each process.
 _OPEN, _CLOSE = (f"\x02{os.urandom(8).hex()}{end}\x03" for end in "<>")
-
-
 _MARKED = re.compile(r"{%[-+]?\s*generation\b")
+_OURS = {"train"}
+"""Keys of a message that are for dtrain, not for the template."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names that what was thought goes by; transformers fills the first from the others."""
 
 
 @final
 class ChatTemplate:
-    """Renders as `transformers` does. Not trusted: it runs in a sandbox."""
+    """Not trusted: it runs in a sandbox."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], end_markers: Sequence[str], origin: str) -> None:
-        """`special_tokens`: what `bos_token` and the like stand for there. `end_markers`: what may end a turn.
+    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str) -> None:
+        """`special_tokens`: what `bos_token` and the like stand for there.
 
         Raises DataError, naming `origin`, where the template does not parse.
         """
@@ -43,64 +46,72 @@ class ChatTemplate:
         # No `strftime_now`: a template that has today's date in it would make other rows tomorrow. Templates that ask
         # whether it is there fall back to a date of their own; others are told to.
         try:
-            self._template = environment.from_string(source)
+            tree = environment.parse(source)
+            self._template = environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"model.path: the chat template in {origin} does not parse: line {error.lineno}: "
-                            f"{error.message}; repair the template there") from error  # fmt: skip
-        self._marked = _MARKED.search(source) is not None
+            raise DataError(f"template: the one in {origin} does not parse: line {error.lineno}: {error.message}; "
+                            f"repair it there, or choose another with template=") from error  # fmt: skip
+        self.origin = origin
+        self.marked = _MARKED.search(source) is not None
+        """Whether it says itself, by `{% generation %}`, what the assistant wrote."""
+        self.variables = frozenset(meta.find_undeclared_variables(tree))
+        """What it asks for from outside: `messages`, `tools`, `eos_token`."""
+        self.calls = any(node.attr == "tool_calls" for node in tree.find_all(nodes.Getattr)) or any(
+            node.value == "tool_calls" for node in tree.find_all(nodes.Const)
+        )
+        """Whether it writes calls of tools."""
         self._special_tokens = dict(special_tokens)
-        self._end_markers = tuple(end_markers)
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation. Raises BadRowError with what the template says."""
-        return self._render(messages, prompt=add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
+    def render(self, messages: Messages, tools: Tools = None, *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation. Raises BadRowError with what the template says, DataError for what it cannot."""
+        return self._render(messages, tools, prompt=add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
 
-    def spans(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The text, and the character ranges that the assistant wrote, each with the marker that ends its turn.
+    def render_marked(self, messages: Messages, tools: Tools = None) -> tuple[str, list[Span]]:
+        """The text, and the character ranges between the template's own `{% generation %}` marks."""
+        text, spans = "", []
+        head, *parts = self._render(messages, tools, prompt=False).split(_OPEN)
+        text = head
+        for part in parts:
+            inside, _, outside = part.partition(_CLOSE)
+            spans.append((len(text), len(text) + len(inside)))
+            text += inside + outside
+        return text, spans
 
-        A template with `{% generation %}` says itself what they are. For any other, a turn is what it adds to the text
-        rendered up to it and with the generation prompt. Raises BadRowError where neither is possible.
-        """
-        if self._marked:
-            return _split_marks(self._render(messages, prompt=False))
-        whole = self.render(messages)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:i], add_generation_prompt=True)
-            after = whole if i + 1 == len(messages) else self.render(messages[: i + 1])
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise BadRowError(
-                    f"message {i + 1} cannot be masked: the chat template writes the messages before it in another way "
-                    f"once it is there; mark the assistant's part of the template with {{% generation %}}"
-                )
-            spans.append((len(before), self._end_of_turn(whole, len(before), len(after))))
-        return whole, spans
-
-    def _end_of_turn(self, text: str, start: int, end: int) -> int:
-        """Without the white space after the marker that ends a turn: generation has stopped before it."""
-        turn = text[start:end].rstrip()
-        return start + len(turn) if turn.endswith(self._end_markers) else end
-
-    def _render(self, messages: Messages, *, prompt: bool) -> str:
+    def _render(self, messages: Messages, tools: Tools, *, prompt: bool) -> str:
+        shown = [_shown(message, i) for i, message in enumerate(messages)]
+        if tools and "tools" not in self.variables:
+            raise DataError(f"template: the rows have tools, which the chat template in {self.origin} does not write; "
+                            f"choose one that does with template=, or leave the tools out of the rows")  # fmt: skip
+        if not self.calls and any(message.get("tool_calls") for message in shown):
+            raise DataError(f"template: the rows have calls of tools, which the chat template in {self.origin} does "
+                            f"not write; choose one that does with template=")  # fmt: skip
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self._special_tokens
-            )
+            return self._template.render(messages=shown, tools=tools or None, documents=None,
+                                         add_generation_prompt=prompt, **self._special_tokens)  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise BadRowError(f"the chat template refuses these messages: {error}") from error
 
 
-def _split_marks(marked: str) -> tuple[str, list[Span]]:
-    text, spans = "", []
-    head, *parts = marked.split(_OPEN)
-    text = head
-    for part in parts:
-        inside, _, outside = part.partition(_CLOSE)
-        spans.append((len(text), len(text) + len(inside)))
-        text += inside + outside
-    return text, spans
+def _shown(message: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """A message as a template expects it: without keys that are null, the arguments of calls as mappings."""
+    shown = {key: value for key, value in message.items() if value is not None and key not in _OURS}
+    if "tool_calls" in shown:
+        shown["tool_calls"] = [_call(call, i) for call in shown["tool_calls"]]
+    thought = next((shown[key] for key in _REASONING if key in shown), None)
+    return shown if thought is None else {"thinking": thought, **shown, "reasoning_content": thought}
+
+
+def _call(call: Mapping[str, Any], i: int) -> dict[str, Any]:
+    function = dict(call.get("function", call))
+    if isinstance(function.get("arguments"), str):
+        try:
+            function["arguments"] = json.loads(function["arguments"])
+        except ValueError as error:
+            raise BadRowError(f"message {i + 1}: the arguments of a call are not JSON: {error}") from error
+    if not isinstance(function.get("name"), str) or not isinstance(function.get("arguments"), dict):
+        raise BadRowError(f"message {i + 1}: a call of a tool needs a name, and arguments as a mapping")
+    return {"type": "function", **{key: call[key] for key in call if key != "name" and key != "arguments"},
+            "function": function}  # fmt: skip
 
 
 class _Generation(Extension):

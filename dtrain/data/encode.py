@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dtrain.config.spec import ObjectiveSpec, OnLong
 from dtrain.data.rows import Row
 from dtrain.data.tokenizer import TextTokenizer
-from dtrain.datasets.badrows import BadRowError, BadRows
+from dtrain.datasets.badrows import BadRowError, BadRows, LeftOutError
 from dtrain.datasets.base import Example, Skipped
 from dtrain.errors import DataError
 
@@ -66,6 +66,10 @@ def encode_all(
         except BadRowError as error:
             counts[_LEFT_OUT.format(bad.add(example.source, error).reason)] += 1
             continue
+        except LeftOutError as error:
+            counts[f"left out: {error}"] += 1
+            bad.num_good += 1
+            continue
         bad.num_good += 1
         share = _share(example, seed)
         for piece in pieces:
@@ -83,11 +87,11 @@ def encode_all(
 
 def _encoded(
     examples: Iterator[Example], objective: ObjectiveSpec, tokenizer: TextTokenizer
-) -> Iterator[tuple[Example, Row | BadRowError]]:
-    def encode(example: Example) -> Row | BadRowError:
+) -> Iterator[tuple[Example, Row | BadRowError | LeftOutError]]:
+    def encode(example: Example) -> Row | BadRowError | LeftOutError:
         try:
             return objective.encode(example, tokenizer)
-        except BadRowError as error:
+        except (BadRowError, LeftOutError) as error:
             return error
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -112,10 +116,10 @@ def _counted(examples: Iterable[Example], counts: Counter[str], bad: BadRows) ->
         yield example
 
 
-def _found(row: Row | BadRowError) -> Row:
-    if isinstance(row, BadRowError):
-        raise row
-    return row
+def _found(row: Row | BadRowError | LeftOutError) -> Row:
+    if isinstance(row, Row):
+        return row
+    raise row
 
 
 def _fit(row: Row, limit: Limit, counts: Counter[str]) -> list[Row]:
@@ -134,6 +138,10 @@ def _fit(row: Row, limit: Limit, counts: Counter[str]) -> list[Row]:
     if limit.on_long == "truncate":
         counts[f"truncated to {most} tokens"] += 1
         counts["tokens cut off"] += num - most
+        if row.targets[most:].any():
+            counts["of these to be learned"] += int(row.targets[most:].sum())
+        if row.targets[most - 1 : most + 1].all():
+            counts["cut within what is learned"] += 1
         return [_piece(row, 0, most)]
     assert limit.on_long == "split", limit.on_long
     counts[f"split at {most} tokens"] += 1

@@ -6,14 +6,16 @@ import dataclasses
 import errno
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.config.spec import DatasetSpec, ModelSpec, ObjectiveSpec, OnLong
+from dtrain.config.spec import DatasetSpec, ModelSpec, ObjectiveSpec, OnLong, TemplateSpec
+from dtrain.data.template import describe, with_template
 from dtrain.data.tokenizer import TextTokenizer, tokenizer_digest
 from dtrain.datasets.badrows import BadRows
-from dtrain.datasets.base import SHAPES, Example, Skipped, Text
+from dtrain.datasets.base import SHAPES, Chat, Example, Judged, Preference, Skipped, Text
 from dtrain.errors import DataError
 from dtrain.folders import discard, remove_leftovers, whole_folder
 
@@ -36,7 +38,7 @@ class Prepared:
 
     dir: Path
     assets: Path
-    """The model's folder: config, tokenizer."""
+    """The model's folder: config, tokenizer with the chat template of the run."""
     objective: ObjectiveSpec
     """What `auto` came to."""
     pad_id: int
@@ -52,6 +54,8 @@ class Prepared:
     """Share of the tokens of full-length rows that is not padding."""
     counts: dict[str, int]
     """What became of the examples, by reason."""
+    notes: list[str]
+    """What a user should know of how they were read: the chat template, and what of a row is learned."""
     digest: str
     """Of the rows themselves: equal where training would see the same, wherever the files lay."""
 
@@ -60,13 +64,15 @@ class Prepared:
         first = (f"data: {self.num_rows:,} rows of up to {self.max_length:,} tokens, {self.fill:.1%} full; "
                  f"{self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
                  f"{self.num_eval_rows:,} rows held out")  # fmt: skip
-        return [first, "data: documents: " + ", ".join(f"{num:,} {reason}" for reason, num in self.counts.items())]
+        documents = "data: documents: " + ", ".join(f"{num:,} {reason}" for reason, num in self.counts.items())
+        return [*self.notes, first, documents]
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - what the rows depend on
     dataset: DatasetSpec,
     objective: ObjectiveSpec,
     model: ModelSpec,
+    template: TemplateSpec,
     *,
     eval_fraction: float,
     seed: int,
@@ -80,8 +86,10 @@ def prepare(
     try:
         for note in dataset.notes():
             say(f"data: {note}")
-        assets = model.assets(lambda: _texts(dataset), cache)
-        parts = _parts(dataset, objective, tokenizer_digest(assets), eval_fraction=eval_fraction, seed=seed)
+        model_folder = model.assets(lambda: _texts(dataset), cache)
+        assets = with_template(model_folder, template, cache)
+        parts = _parts(dataset, objective, tokenizer_digest(model_folder), template, eval_fraction=eval_fraction,
+                       seed=seed)  # fmt: skip
         final = cache / f"data-{_key(parts)}"
         problem = _problem(final)
         if problem is None:
@@ -92,7 +100,9 @@ def prepare(
             discard(final)
         say(f"data: preparing {final}: {problem or _what_changed(parts, cache)}")
         with whole_folder(final) as folder:
-            _build(folder, dataset, objective, TextTokenizer.load(assets), parts, say)
+            tokenizer = TextTokenizer.load(assets)
+            about = partial(describe, model_folder, assets, template, tokenizer)
+            _build(folder, dataset, objective, tokenizer, about, parts, say)
         return read_prepared(final, assets, objective)
     except OSError as error:
         if error.errno in _FULL or (error.filename and _along(Path(error.filename), cache)):
@@ -118,7 +128,13 @@ def _texts(dataset: DatasetSpec) -> Iterator[str]:
 
 
 def _parts(
-    dataset: DatasetSpec, objective: ObjectiveSpec, tokenizer: str, *, eval_fraction: float, seed: int
+    dataset: DatasetSpec,
+    objective: ObjectiveSpec,
+    tokenizer: str,
+    template: TemplateSpec,
+    *,
+    eval_fraction: float,
+    seed: int,
 ) -> dict[str, Any]:
     """All that the rows depend on, by the names that a user knows."""
     return {
@@ -126,6 +142,8 @@ def _parts(
         **_values("dataset", dataset),
         "content of the dataset": dataset.digest(),
         "tokenizer": tokenizer,
+        "template.name": template.name,
+        "text of the template": [template.text, template.ends],
         **_values("objective", objective),
         "eval.fraction": eval_fraction,
         "run.seed": seed,
@@ -179,6 +197,7 @@ def _build(
     dataset: DatasetSpec,
     objective: ObjectiveSpec,
     tokenizer: TextTokenizer,
+    about_template: Callable[..., list[str]],
     parts: dict[str, Any],
     say: Say,
 ) -> None:
@@ -192,8 +211,9 @@ def _build(
     examples = dataset.examples()
     shape, examples = _peek(examples)
     limit = Limit(dataset.max_length, _on_long(dataset, shape))
+    resolved = objective.resolve(shape)
     documents = encode_all(
-        examples, objective.resolve(shape), tokenizer, limit, bad=BadRows.of(dataset), seed=parts["run.seed"], say=say
+        examples, resolved, tokenizer, limit, bad=BadRows.of(dataset), seed=parts["run.seed"], say=say
     )
     if not documents.rows:
         raise _nothing(documents.counts)
@@ -218,6 +238,7 @@ def _build(
         "num_documents": len(documents.rows),
         "fill": num_tokens / (num_rows["train.arrow"] * dataset.max_length),
         "counts": dict(documents.counts),
+        "notes": [*about_template(used=issubclass(shape, Chat | Preference | Judged)), *resolved.notes(shape)],
         "digest": state.hexdigest(),
     }
     sizes = {name: (folder / name).stat().st_size for name in _FILES}

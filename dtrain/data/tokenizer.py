@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -12,14 +13,17 @@ from dtrain.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from dtrain.data.chat import ChatTemplate, Messages, Span
+    from dtrain.data.chat import Messages, Span, Tools
+    from dtrain.data.turns import Turns
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MARKER = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_\w+>|</?s>|\[/?[A-Z_]+\]")
+"""What looks like a special token in what a template writes."""
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Of the files that `TextTokenizer.load` reads; loads no tokenizer."""
+    """Of what `TextTokenizer.load` reads; loads no tokenizer."""
     import xxhash
 
     state = xxhash.xxh3_128()
@@ -28,7 +32,14 @@ def tokenizer_digest(folder: Path) -> str:
         content = path.read_bytes() if path.is_file() else b""
         state.update(f"{name}\0{len(content)}\0".encode())
         state.update(content)
+    state.update(f"stops {stop_ids(folder)}".encode())
     return state.hexdigest()
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The tokens at which generation stops, where a model's folder says so."""
+    found = _read_config(folder / "generation_config.json").get("eos_token_id")
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 @final
@@ -36,18 +47,20 @@ class TextTokenizer:
     """A tokenizer and its chat template. Threads may share one: it computes outside the interpreter's lock."""
 
     def __init__(
-        self, tokenizer: Tokenizer, special: dict[str, str], template: ChatTemplate | None, folder: Path
+        self, tokenizer: Tokenizer, special: dict[str, str], templates: Mapping[str, Turns], folder: Path
     ) -> None:
+        """`templates`: `default`, and `tool_use` where there is another one for conversations with tools."""
         self._tokenizer = tokenizer
         self._special = special
-        self._template = template
+        self._templates = templates
         self._folder = folder
         self.digest = tokenizer_digest(folder)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
-        """From `tokenizer.json`, `tokenizer_config.json` and, where there is one, `chat_template.jinja`.
+        """From `tokenizer.json`, `tokenizer_config.json` and, where they are there, `chat_template.jinja` and, for the
+        tokens at which generation stops, `generation_config.json`.
 
         Raises DataError naming the file. Truncation and padding that the file asks for are not done: they would drop
         tokens unseen.
@@ -66,7 +79,7 @@ class TextTokenizer:
         tokenizer.no_padding()
         config = _read_config(folder / "tokenizer_config.json")
         special = {name: _text(config[name]) for name in _SPECIAL if config.get(name) is not None}
-        return cls(tokenizer, special, _load_template(folder, config, special, tokenizer), folder)
+        return cls(tokenizer, special, _load_templates(folder, config, special, tokenizer), folder)
 
     @property
     def eos_id(self) -> int:
@@ -89,7 +102,7 @@ class TextTokenizer:
 
     @property
     def has_chat(self) -> bool:
-        return self._template is not None
+        return "default" in self._templates
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with no special token but those that stand in the text."""
@@ -103,26 +116,63 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def chat(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them are targets: the assistant's, with the end of each turn.
+    def masked(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Token ids of a text, and which of them are targets: those whose first character lies in a span.
 
-        A token is a target when its first character is the assistant's. Raises BadRowError for a conversation that
-        cannot be used, DataError for a tokenizer that cannot chat.
+        A token that begins before a span is none: where a prompt ends in its middle, it is never generated. The spans
+        ascend.
         """
-        from dtrain.datasets.badrows import BadRowError
-
-        if self._template is None:
-            raise DataError(f"model.path: the tokenizer in {self._folder} has no chat template, and the rows are "
-                            f"chats; choose an instruction-tuned model, or put the template in "
-                            f"{self._folder / 'chat_template.jinja'}")  # fmt: skip
-        text, spans = self._template.spans(messages)
-        if not spans:
-            raise BadRowError("no assistant turn, so nothing to learn")
         encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         targets = _inside(encoding.offsets, spans)
         if targets:
             targets[0] = False
         return encoding.ids, targets
+
+    def chat(
+        self, messages: Messages, learned: Sequence[bool] | None = None, tools: Tools = None
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and which of them are targets: those of the messages that are learned, the
+        assistant's where it is not said, each with the token that ends its turn.
+
+        Raises BadRowError for a conversation that cannot be used, DataError for a tokenizer that cannot chat.
+        """
+        if learned is None:
+            learned = [message["role"] == "assistant" for message in messages]
+        text, spans = self._turns(tools).spans(messages, learned, tools)
+        return self.masked(text, spans)
+
+    def chat_notes(self) -> list[str]:
+        """What a user should know of how the chat template is learned. Raises DataError where there is none."""
+        turns = self._turns(None)
+        found = list(turns.notes())
+        known = self._tokenizer.token_to_id
+        markers = dict.fromkeys(each for text in turns.samples for each in _MARKER.findall(text))
+        unknown = [each for each in markers if known(each) is None]
+        if unknown:
+            found.append(f"the tokenizer has no such tokens and takes them in pieces: {', '.join(unknown)}")
+        return found
+
+    def ends_of_turns(self) -> list[str]:
+        """The special tokens that end a turn of the assistant, as far as small conversations show."""
+        return list(dict.fromkeys(token for turns in self._templates.values() for token in turns.ends()))
+
+    def token_id(self, token: str) -> int | None:
+        """Of one token by its text, or of a special one by its name, such as `eos_token`."""
+        return self._id(token) if token in _SPECIAL else self._tokenizer.token_to_id(token)
+
+    def _turns(self, tools: Tools) -> Turns:
+        turns = self._templates.get("tool_use") if tools else None
+        turns = turns or self._templates.get("default")
+        if turns is None:
+            from dtrain.data.template import fitting
+
+            raise DataError(f"model.path: the tokenizer in {self._folder} has no chat template, and the rows are "
+                            f"chats; {fitting(self)}; or template.file=PATH for one of your own; or choose an "
+                            f"instruction-tuned model")  # fmt: skip
+        if "eos_token" in turns.template.variables and self._id("eos_token") is None:
+            raise DataError(f"model.path: {self._folder / 'tokenizer_config.json'} names no `eos_token` of the "
+                            f"vocabulary, which the chat template writes; add the token that ends a text")  # fmt: skip
+        return turns
 
     def _id(self, name: str) -> int | None:
         token = self._special.get(name)
@@ -142,21 +192,32 @@ def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     return targets
 
 
-def _load_template(
+def _load_templates(
     folder: Path, config: dict[str, Any], special: dict[str, str], tokenizer: Tokenizer
-) -> ChatTemplate | None:
-    path = folder / "chat_template.jinja"
-    source, origin = config.get("chat_template"), folder / "tokenizer_config.json"
-    if path.is_file():
-        source, origin = path.read_text(encoding="utf-8"), path
-    elif isinstance(source, list):
-        source = {each["name"]: each["template"] for each in source}.get("default")
-    if source is None:
-        return None
+) -> dict[str, Turns]:
+    sources = dict(_sources(folder, config))
+    if not sources:
+        return {}
     from dtrain.data.chat import ChatTemplate
+    from dtrain.data.turns import Turns
 
-    markers = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    return ChatTemplate(source, special, markers, origin=str(origin))
+    named = [special.get("eos_token"), *map(tokenizer.id_to_token, stop_ids(folder))]
+    stops = [token for token in dict.fromkeys(named) if token]
+    marks = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return {name: Turns(ChatTemplate(text, special, origin=str(origin)), [*marks, *stops], stops)
+            for name, (text, origin) in sources.items()}  # fmt: skip
+
+
+def _sources(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, tuple[str, Path]]]:
+    """Templates by name, each with the file that has it."""
+    path, source = folder / "tokenizer_config.json", config.get("chat_template")
+    if isinstance(source, str):
+        yield "default", (source, path)
+    elif source is not None:
+        yield from ((each["name"], (each["template"], path)) for each in source)
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        yield "default", (path.read_text(encoding="utf-8"), path)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The objective that the rows call for: conversations are fine-tuned on, plain text is pretrained on."""
+"""The objective that the rows call for: conversations and answers are fine-tuned on, plain text is pretrained on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dtrain.config.spec import ObjectiveSpec, spec
-from dtrain.datasets.base import Chat, Example, Text
+from dtrain.datasets.base import Chat, Completion, Example, Judged, Labelled, Preference, Text
 from dtrain.errors import DataError
 from dtrain.objectives.pretrain import Pretrain
-from dtrain.objectives.sft import SFT
+from dtrain.objectives.sft import SFT, TrainOn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,10 +22,19 @@ if TYPE_CHECKING:
 
 @spec
 class Auto(ObjectiveSpec):
+    train_on: TrainOn = "assistant"
+    """Of conversations: as with objective=sft."""
+
+    def problems(self) -> list[str]:
+        return SFT(train_on=self.train_on).problems()
+
     def resolve(self, shape: type[Example]) -> ObjectiveSpec:
-        if issubclass(shape, Chat):
-            return SFT()
+        if issubclass(shape, Chat | Completion | Labelled | Preference | Judged):
+            return SFT(train_on=self.train_on)
         if issubclass(shape, Text):
+            if self.train_on != "assistant":
+                raise DataError(f"objective.train_on={self.train_on}: the rows are texts, of which all is learned; "
+                                f"leave it out, or use a dataset of conversations")  # fmt: skip
             return Pretrain()
         raise DataError(f"objective=auto: no objective for rows of shape {shape.__name__}; name one with objective=")
 

@@ -43,6 +43,7 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     Raises ConfigError, PlanError, ModelError.
     """
     config, name = configure(overrides, config_dir)
+    config = dataclasses.replace(config, template=config.template.settled())
     strategies, left_out = _strategies(config_dir, config.plugins)
     machine = look()
     if elsewhere and config.device == "cuda" and not machine.gpus:

@@ -100,8 +100,8 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     check(run.path)
     check(run.checkpoints)  # it may be a link to another disk
     cache = Path(config.run.cache) if config.run.cache else Path(config.run.dir) / ".cache"
-    prepared = prepare(config.dataset, config.objective, config.model, eval_fraction=config.eval.fraction,
-                       seed=config.run.seed, cache=cache.absolute(), say=_say)  # fmt: skip
+    prepared = prepare(config.dataset, config.objective, config.model, config.template, seed=config.run.seed,
+                       eval_fraction=config.eval.fraction, cache=cache.absolute(), say=_say)  # fmt: skip
     for line in prepared.lines():
         _say(line)
     _say(f"objective: {type(prepared.objective).__name__.lower()}")

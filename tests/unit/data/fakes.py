@@ -26,12 +26,12 @@ LLAMA3 = (
     "{%- endif %}\n"
 )
 SPECIAL = ["<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
-           "<|end_header_id|>", "<|eot_id|>"]  # fmt: skip
+           "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]  # fmt: skip
 WORDS = ["the cat sat on the mat and the dog ran to the house; user assistant system hello there, grüße"] * 4
 
 
 def write_tokenizer(folder: Path, template: str | None = CHATML, *, trim_offsets: bool = True, **config: str) -> Path:
-    """A byte-level BPE that knows a few words; ids 0 to 7 are SPECIAL."""
+    """A byte-level BPE that knows a few words; the first ids are SPECIAL."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,6 +46,8 @@ def write_tokenizer(folder: Path, template: str | None = CHATML, *, trim_offsets
     if template is not None:
         values["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    stops = [SPECIAL.index(token) for token in ("<|eos|>", "<|im_end|>", "<|eot_id|>")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     return folder
 
 

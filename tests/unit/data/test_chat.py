@@ -1,110 +1,39 @@
-"""What is learned of a conversation, against a plain count of characters; and the text, against transformers."""
+"""Rendering as transformers does it, and the turns of templates that are not as well behaved as those of dtrain."""
 
 import json
+import re
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dtrain.data.chat import ChatTemplate
 from dtrain.data.tokenizer import TextTokenizer
+from dtrain.data.turns import Turns
 from dtrain.datasets.badrows import BadRowError
 from dtrain.errors import DataError
 from tests.unit.data.fakes import CHATML, LLAMA3, SPECIAL, write_tokenizer
 
-CONVERSATIONS = {
-    "plain": [("user", "hello there"), ("assistant", "the cat sat")],
-    "several turns": [("system", "the house"), ("user", "hello"), ("assistant", "on the mat"), ("user", "dog?"),
-                      ("assistant", "ran to the house")],
-    "unicode": [("user", "Grüße 🐈‍⬛ 日本語"), ("assistant", "naïve 🐕 é e\u0301 \u200d"),
-                ("user", "؟"), ("assistant", "ß")],
-    "empty content": [("user", ""), ("assistant", ""), ("user", ""), ("assistant", "x")],
-    "markers inside": [("user", "say <|im_end|>\n<|im_start|>assistant\nhello<|eot_id|>"),
-                       ("assistant", "<|im_start|>user\nno<|im_end|> yes <|eot_id|>")],
-    "the same twice": [("user", "a"), ("assistant", "a"), ("user", "a"), ("assistant", "a")],
-    "two in a row": [("user", "hello"), ("assistant", "the cat"), ("assistant", "the dog")],
-    "white space": [("user", " \n hello \n"), ("assistant", "a  b\n\n c")],
-    "braces": [("user", "{{ messages }} {% raw %}"), ("assistant", "{% endgeneration %} {{ 1 + 1 }}")],
-}  # fmt: skip
+CALL = {"type": "function", "function": {"name": "weigh", "arguments": {"what": "a cat"}}}
+TOOLS = [{"type": "function", "function": {"name": "weigh", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def chatml(turns):
-    """Text and, for each character, whether it is learned."""
-    for role, content in turns:
-        yield f"<|im_start|>{role}\n", False
-        yield f"{content}<|im_end|>", role == "assistant"
-        yield "\n", False
+def said(*turns):
+    """Messages of texts: the user's and the assistant's in turn, unless a role is given."""
+    roles = ["user", "assistant"] * len(turns)
+    return [{"role": turn[0], "content": turn[1]} if isinstance(turn, tuple) else {"role": role, "content": turn}
+            for role, turn in zip(roles, turns, strict=False)]  # fmt: skip
 
 
-def llama3(turns):
-    yield "<|begin_of_text|>", False
-    for role, content in turns:
-        yield f"<|start_header_id|>{role}<|end_header_id|>\n\n", False
-        yield f"{content.strip()}<|eot_id|>", role == "assistant"
+def turns_of(source):
+    return Turns(ChatTemplate(source, {"eos_token": "<|eos|>"}, origin="here"), SPECIAL, ["<|eos|>"])
 
 
-GENERATION = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
-    "{%- if message.role == 'assistant' %}{%- generation -%}{{ message.content + '<|im_end|>' }}{%- endgeneration -%}"
-    "{%- else %}{{- message.content + '<|im_end|>' }}{%- endif %}{{- '\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-TEMPLATES = {"chatml": (CHATML, chatml), "llama3": (LLAMA3, llama3), "generation": (GENERATION, chatml)}
-
-
-def messages_of(turns):
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tokenizers")
-    return {name: write_tokenizer(root / name, template) for name, (template, _) in TEMPLATES.items()}
-
-
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_mask_is_that_of_the_characters(folders, name, conversation):
-    turns = CONVERSATIONS[conversation]
-    tokenizer = TextTokenizer.load(folders[name])
-    ids, targets = tokenizer.chat(messages_of(turns))
-
-    parts = list(TEMPLATES[name][1](turns))
-    text = "".join(part for part, _ in parts)
-    learned = [flag for part, flag in parts for _ in part]
-    assert ids == tokenizer.encode(text)
-    # Undo the tokenizer by hand: a byte-level token is so many bytes, and a byte is in one character.
-    of_byte = [i for i, character in enumerate(text) for _ in character.encode()]
-    at, expected = 0, []
-    for token_id in ids:
-        expected.append(learned[of_byte[at]])
-        at += num_bytes(tokenizer, token_id)
-    assert at == len(of_byte)
-    assert targets == expected
-    assert any(targets)
-
-
-def num_bytes(tokenizer, token_id):
-    token = tokenizer._tokenizer.id_to_token(token_id)
-    return len(token)  # in the byte alphabet each byte is one character; special tokens are ASCII
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_text_is_that_of_transformers(folders, name):
-    from transformers import PreTrainedTokenizerFast
-
-    theirs = PreTrainedTokenizerFast.from_pretrained(folders[name])
-    ours = TextTokenizer.load(folders[name])
-    for turns in CONVERSATIONS.values():
-        messages = messages_of(turns)
-        for prompt in (False, True):
-            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            assert ours._template.render(messages, add_generation_prompt=prompt) == expected
-        encoded = theirs.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=name == "generation"
-        )
-        ids, targets = ours.chat(messages)
-        assert ids == encoded["input_ids"]
-        if name == "generation":
-            assert [int(target) for target in targets] == encoded["assistant_masks"]
+def learned(source, messages, which=None, tools=None):
+    """The texts that are learned."""
+    which = [message["role"] == "assistant" for message in messages] if which is None else which
+    text, spans = turns_of(source).spans(messages, which, tools)
+    return [text[start:end] for start, end in spans]
 
 
 FEATURES = """
@@ -124,18 +53,189 @@ def test_what_templates_use_works_as_in_transformers(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     folder = write_tokenizer(tmp_path, FEATURES)
-    messages = messages_of([("user", "hé"), ("skip", "x"), ("assistant", "b")])
+    messages = [*said("hé", ("skip", "x")), {"role": "assistant", "content": "b", "name": None, "thinking": "so"}]
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     # All but today's date, which would make other rows tomorrow.
-    expected = theirs.apply_chat_template(messages, tokenize=False).replace("True\n", "False\n")
-    assert (
-        TextTokenizer.load(folder)._template.render(messages).rstrip()
-        == expected.rstrip().removesuffix("True") + "False"
+    expected = theirs.apply_chat_template(messages, tokenize=False)
+    assert expected.endswith("True")
+    template = TextTokenizer.load(folder)._templates["default"].template
+    assert template.render(messages) == expected.removesuffix("True") + "False"
+
+
+QWEN3 = """
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}
+  {%- set content = (m.content or '').split('</think>')[-1].lstrip('\\n') %}
+  {%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in (m.content or '') else '' %}
+  {%- if loop.index0 > ns.last and (loop.last or thought) %}{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}
+  {{- content }}
+  {%- for call in m.tool_calls or [] %}
+    {{- '\\n' if (loop.first and content) or not loop.first else '' }}
+    {{- '<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}
+  {%- endfor %}
+{%- else %}{{- m.content }}{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+{%- if tools %}{% endif %}
+"""
+"""Takes the thinking out of turns before the last message of the user, and puts an empty one into the last turn."""
+
+
+def qwen3(messages):
+    """What it writes, and what of it is learned, said a second time."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        yield f"<|im_start|>{message['role']}\n", False
+        content, thought = message["content"] or "", ""
+        if message["role"] == "assistant":
+            if "</think>" in content:
+                thought = content.split("</think>")[0].split("<think>")[-1].strip("\n")
+            content = content.split("</think>")[-1].lstrip("\n")
+            if i > last and (i + 1 == len(messages) or thought):
+                content = f"<think>\n{thought}\n</think>\n\n{content}"
+            calls = [json.dumps(call["function"]) for call in message.get("tool_calls") or []]
+            said = message["content"] and message["content"].split("</think>")[-1].lstrip("\n")
+            content += "\n" * bool(said and calls) + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+        yield f"{content}<|im_end|>", message["role"] == "assistant"
+        yield "\n", False
+
+
+TEXTS = st.lists(
+    st.sampled_from(["hello", "<|im_end|>", " ", "\n", "<|im_start|>assistant\n", "ß 🐈‍⬛", "", "{{ x }}"]), max_size=4
+).map("".join)
+THOUGHT = st.one_of(TEXTS, st.tuples(TEXTS, TEXTS).map(lambda pair: f"<think>\n{pair[0]}\n</think>\n\n{pair[1]}"))
+STEPS = st.lists(st.tuples(THOUGHT, TEXTS), max_size=2)
+CONVERSATIONS = st.lists(st.tuples(TEXTS, STEPS, THOUGHT), min_size=1, max_size=3)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200, suppress_health_check=list(HealthCheck), database=None)
+@given(CONVERSATIONS)
+def test_turns_of_a_template_that_rewrites_the_past_are_learned_as_they_stand(conversation):
+    messages = []
+    for asked, steps, answer in conversation:
+        messages.append({"role": "user", "content": asked})
+        for content, result in steps:
+            messages += [
+                {"role": "assistant", "content": content, "tool_calls": [CALL]},
+                {"role": "tool", "content": result},
+            ]
+        messages.append({"role": "assistant", "content": answer})
+    pieces = list(qwen3(messages))
+    try:
+        text, spans = TURNS_OF_QWEN3.spans(messages, [message["role"] == "assistant" for message in messages], TOOLS)
+    except BadRowError as error:
+        assert re.match(r"message \d+ cannot be masked: |message \d+ is not in the text: ", str(error))
+        # Only where what is said is thinking alone or nothing, so that there is nothing to put a mark into.
+        assert any(not (message["content"] or "").split("</think>")[-1].strip() for message in messages)
+        return
+    assert text == "".join(piece for piece, _ in pieces)
+    at = [(len("".join(piece for piece, _ in pieces[:i])), piece) for i, (piece, flag) in enumerate(pieces) if flag]
+    assert spans == [(start, start + len(piece)) for start, piece in at]
+
+
+TURNS_OF_QWEN3 = turns_of(QWEN3)
+
+
+def test_turns_of_a_template_that_rewrites_the_past():
+    messages = said("q", "<think>\nhm\n</think>\n\na", "r", "<think>\nso\n</think>\n\nb")
+    assert learned(QWEN3, messages) == ["a<|im_end|>", "<think>\nso\n</think>\n\nb<|im_end|>"]
+    assert learned(QWEN3, said("q", "a", "r", "b")) == ["a<|im_end|>", "<think>\n\n</think>\n\nb<|im_end|>"]
+    assert learned(QWEN3, messages, [False, False, False, True]) == ["<think>\nso\n</think>\n\nb<|im_end|>"]
+    (note,) = TURNS_OF_QWEN3.notes()
+    assert note.startswith("it writes a turn of the assistant in another way once others follow")
+
+
+def test_a_turn_of_which_generation_begins_elsewhere_is_refused():
+    # The prompt has thinking begin, and the turn has none: what was trained would not be what is generated.
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}" \
+             "{% if add_generation_prompt %}<|im_start|>assistant:<think>{% endif %}"  # fmt: skip
+    with pytest.raises(BadRowError, match=r"message 2 cannot be masked: .*generation"):
+        learned(source, said("q", "<think>hm</think>a"))
+    marked = source.replace("{{ m.content", "{% generation %}{{ m.content").replace(
+        "<|im_end|>", "<|im_end|>{% endgeneration %}"
     )
+    marked = marked.replace("{% for m in messages %}", "{% for m in messages if m.role == 'assistant' %}")
+    assert learned(marked, said(("assistant", "<think>hm</think>a"))) == ["a<|im_end|>"]
+    with pytest.raises(BadRowError, match="message 1 cannot be masked"):  # the marks leave out where to stop
+        learned(
+            marked.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), said(("assistant", "a"))
+        )
 
 
-def template(source):
-    return ChatTemplate(source, {}, SPECIAL, origin="here")
+def test_the_system_message_in_the_last_message_of_the_user():
+    source = "{% for m in messages %}{% if m.role == 'user' %}[INST] " \
+             "{% if loop.last or loop.nextitem and not loop.nextitem.more %}{{ messages[0].content }}\n\n{% endif %}" \
+             "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}<|eos|>{% endif %}{% endfor %}"  # fmt: skip
+    messages = said(("system", "be kind"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    messages[2]["more"] = True
+    assert learned(source, messages) == [" a<|eos|>", " b<|eos|>"]
+    assert learned(source, messages, [True, True, True, True, True]) == ["q", " a<|eos|>", "be kind", "r", " b<|eos|>"]
+
+
+def test_a_message_that_the_template_leaves_out_is_refused():
+    source = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(
+        BadRowError, match="message 1 is not in the text: the chat template leaves out what role `system`"
+    ):
+        learned(source, said(("system", "be kind"), ("user", "q"), ("assistant", "a")))
+
+
+LOOP = "{% for m in messages %}" \
+       "{% if m.role == 'assistant' %}HERE{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}" \
+       "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # fmt: skip
+
+
+@pytest.mark.parametrize(("here", "note"), [
+    ("<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n", False),
+    ("<|im_start|>assistant\n{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}", False),
+    ("<|im_start|>assistant\n{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n", True),
+    ("{% generation %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endgeneration %}", True),
+    ("<|im_start|>assistant\n{{ m.content }}<|im_end|>\n", False),
+])  # fmt: skip
+def test_marks_that_take_more_or_less_than_the_turn(here, note):
+    source = LOOP.replace("HERE", here)
+    assert learned(source, said("q", "a", "r", "")) == ["a<|im_end|>", "<|im_end|>"]
+    assert [bool(each) for each in turns_of(source).notes()] == [True] * note
+
+
+def test_marks_that_leave_a_part_out_are_obeyed_and_told():
+    here = "<|im_start|>assistant\n<think>\n</think>\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    source = LOOP.replace("HERE", here)
+    assert learned(source, said("q", "a", "r", "b")) == ["a<|im_end|>", "b<|im_end|>"]
+    assert [note.startswith("its generation marks") for note in turns_of(source).notes()] == [True]
+    never = LOOP.replace(
+        "HERE",
+        "<|im_start|>assistant\n{% if 0 %}{% generation %}{% endgeneration %}{% endif %}{{ m.content }}<|im_end|>\n",
+    )
+    with pytest.raises(BadRowError, match="message 2: the generation marks of the chat template leave it out"):
+        learned(never, said("q", "a"))
+
+
+def test_a_template_that_ends_no_turn_is_told():
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    assert learned(source, said("q", "a", "r", "b<|im_end|>")) == [" a\n", " b<|im_end|>\n"]
+    assert [note.startswith("no special token ends a turn") for note in turns_of(source).notes()] == [True]
+
+
+def test_a_turn_that_ends_only_where_another_follows():
+    source = "{% for m in messages %}{{ '' if loop.first else '<|eos|>\n' }}{{ m.role }}: {{ m.content }}{% endfor %}" \
+             "{% if add_generation_prompt %}<|eos|>\nassistant:{% endif %}"  # fmt: skip
+    assert learned(source, said("q", "a", "r", "b")) == [" a<|eos|>", " b"]
+
+
+def test_others_are_learned_by_their_content_and_what_ends_their_turn():
+    messages = said(("system", " s "), ("user", "\n q"), ("assistant", "a"), ("tool", "{}"))
+    everyone = [True] * 4
+    assert learned(LLAMA3, messages, everyone) == ["s", "q", "a<|eot_id|>", "{}"]
+    stops = Turns(ChatTemplate(LLAMA3, {}, origin="here"), SPECIAL, ["<|eot_id|>"])
+    text, spans = stops.spans(messages, everyone)
+    assert [text[start:end] for start, end in spans] == ["s<|eot_id|>", "q<|eot_id|>", "a<|eot_id|>", "{}<|eot_id|>"]
+    with pytest.raises(BadRowError, match="message 1 cannot be masked: the chat template changes what it says"):
+        learned("{% for m in messages %}{{ m.content | upper }}{{ m.content | length }}{% endfor %}", said("Q"), [True])
 
 
 def test_a_token_across_the_start_of_a_turn_is_not_learned(tmp_path):
@@ -145,66 +245,89 @@ def test_a_token_across_the_start_of_a_turn_is_not_learned(tmp_path):
     for trim_offsets in (True, False):
         folder = write_tokenizer(tmp_path / str(trim_offsets), source, trim_offsets=trim_offsets)
         tokenizer = TextTokenizer.load(folder)
-        ids, targets = tokenizer.chat(messages_of([("user", "hello"), ("assistant", "the cat")]))
-        learned = [tokenizer.decode([i]) for i, target in zip(ids, targets, strict=True) if target]
+        ids, targets = tokenizer.chat(said("hello", "the cat"))
+        chosen = [tokenizer.decode([i]) for i, target in zip(ids, targets, strict=True) if target]
         assert tokenizer.encode(" the") == [i for i in ids if tokenizer.decode([i]) == " the"]
-        assert "".join(learned) == " cat<|eos|>"
+        assert "".join(chosen) == " cat<|eos|>"
 
 
-def test_a_template_that_rewrites_the_past_is_refused():
-    # Only the last turn keeps what is between the thinking marks.
-    source = "{% for m in messages %}{{ m.role }}:{% if loop.last %}{{ m.content }}{% else %}" \
-             "{{ m.content.split('</think>')[-1] }}{% endif %};{% endfor %}" \
-             "{% if add_generation_prompt %}assistant:{% endif %}"  # fmt: skip
-    turns = [("user", "q"), ("assistant", "<think>hm</think>a"), ("user", "q"), ("assistant", "b")]
-    with pytest.raises(BadRowError, match=r"message 2 cannot be masked.*generation"):
-        template(source).spans(messages_of(turns))
-    text, spans = template(source).spans(messages_of(turns[:2]))
-    assert [text[start:end] for start, end in spans] == ["<think>hm</think>a;"]
+def test_a_token_across_the_end_of_a_turn_is_learned(tmp_path):
+    tokenizer = TextTokenizer.load(write_tokenizer(tmp_path))
+    ids, targets = tokenizer.masked("dog the", [(1, 4)])  # the space of ` the` is in the span, the word is not
+    assert (tokenizer.decode(ids[-1:]), targets[-1]) == (" the", True)
+
+
+def test_the_first_token_is_never_learned(tmp_path):
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    _, targets = TextTokenizer.load(write_tokenizer(tmp_path, source)).chat(said(("assistant", "the cat")))
+    assert targets[0] is False
+    assert all(targets[1:])
 
 
 def test_what_the_template_says_is_told():
     source = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
     with pytest.raises(BadRowError, match="refuses these messages: begin with the user"):
-        template(source).spans(messages_of([("assistant", "a")]))
+        learned(source, said(("assistant", "a")))
     with pytest.raises(BadRowError, match="refuses"):
-        template("{{ messages[0].nothing.there }}").render(messages_of([("user", "a")]))
+        ChatTemplate("{{ messages[0].nothing.there }}", {}, origin="here").render(said("a"))
 
 
 def test_templates_cannot_reach_out():
     for source in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"):
         with pytest.raises(BadRowError):
-            template(source).render(messages_of([("user", "a")]))
+            ChatTemplate(source, {}, origin="here").render(said("a"))
 
 
 def test_a_broken_template_is_named():
-    with pytest.raises(DataError, match=r"model.path: the chat template in here does not parse: line 1"):
-        template("{% if %}")
+    with pytest.raises(DataError, match=r"template: the one in here does not parse: line 1"):
+        ChatTemplate("{% if %}", {}, origin="here")
 
 
-def test_no_assistant(folders):
-    with pytest.raises(BadRowError, match="no assistant turn"):
-        TextTokenizer.load(folders["chatml"]).chat(messages_of([("user", "hello")]))
-    with pytest.raises(BadRowError, match="no assistant turn"):
-        TextTokenizer.load(folders["generation"]).chat(messages_of([("user", "hello")]))
+def test_tools_are_refused_by_templates_that_do_not_write_them():
+    messages = [*said("q"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    with pytest.raises(DataError, match="the rows have tools, which the chat template in here does not write"):
+        learned(CHATML, said("q", "a"), tools=TOOLS)
+    with pytest.raises(DataError, match="the rows have calls of tools, which the chat template in here does not write"):
+        learned(CHATML, messages)
+    assert learned(QWEN3, messages, tools=TOOLS)[0].endswith('"arguments": {"what": "a cat"}}\n</tool_call><|im_end|>')
 
 
-def test_the_first_token_is_never_learned(tmp_path):
-    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    _, targets = TextTokenizer.load(write_tokenizer(tmp_path, source)).chat(messages_of([("assistant", "the cat")]))
-    assert targets[0] is False
-    assert all(targets[1:])
+def test_calls_as_they_come(tmp_path):
+    for call in (CALL, CALL["function"], {"function": {"name": "weigh", "arguments": '{"what": "a cat"}'}}):
+        messages = [
+            *said("q"),
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            *said(("tool", "1"), ("assistant", "b")),
+        ]
+        assert learned(QWEN3, messages, tools=TOOLS)[0].startswith(
+            '<tool_call>\n{"name": "weigh", "arguments": {"what": "a cat"}}'
+        )
+    for call in ({"name": "weigh", "arguments": "{"}, {"name": "weigh", "arguments": "1"}, {"arguments": {}}):
+        with pytest.raises(BadRowError, match="message 2: "):
+            learned(QWEN3, [*said("q"), {"role": "assistant", "tool_calls": [call]}])
 
 
 def test_where_templates_lie(tmp_path):
     folder = write_tokenizer(tmp_path, None)
-    with pytest.raises(DataError, match=r"model.path: .* has no chat template"):
+    with pytest.raises(
+        DataError, match=r"model.path: .* has no chat template.*type template=alpaca or template=chatml"
+    ):
         TextTokenizer.load(folder).chat([])
+
+    def shown(tools=None):
+        return TextTokenizer.load(folder)._turns(tools).template.render([])
+
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    config["chat_template"] = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "yes"}]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert TextTokenizer.load(folder)._template.render([]) == "yes"
+    assert (shown(), shown(TOOLS)) == ("yes", "tools")
     before = TextTokenizer.load(folder).digest
     (folder / "chat_template.jinja").write_text("file")
-    assert TextTokenizer.load(folder)._template.render([]) == "file"
+    assert shown() == "file"
     assert TextTokenizer.load(folder).digest != before
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"tokenizer_config.json names no `eos_token` of the vocabulary, which the chat"
+    ):
+        TextTokenizer.load(folder).chat(said("q", "a"))

@@ -19,6 +19,7 @@ from dtrain.errors import DataError
 from dtrain.objectives.auto import Auto
 from dtrain.objectives.pretrain import Pretrain
 from dtrain.objectives.sft import SFT
+from dtrain.templates.jinja import Jinja
 from tests.unit.data.fakes import CHATML, FakeModel
 
 
@@ -36,11 +37,18 @@ def chats(num):
             for i in range(num)]  # fmt: skip
 
 
-def make(path, cache, said=None, *, objective=None, model=None, eval_fraction=0.0, seed=0, **values) -> Prepared:
+def make(
+    path, cache, said=None, *, objective=None, model=None, template=None, eval_fraction=0.0, seed=0, **values
+) -> Prepared:
     dataset = Jsonl(**{"path": str(path), "max_length": 64, **values})
     say = (said if said is not None else []).append
-    return prepare(dataset, objective or Auto(), model or FakeModel(), eval_fraction=eval_fraction, seed=seed,
-                   cache=cache, say=say)  # fmt: skip
+    return prepare(dataset, objective or Auto(), model or FakeModel(), template or Jinja(), eval_fraction=eval_fraction,
+                   seed=seed, cache=cache, say=say)  # fmt: skip
+
+
+def left(cache):
+    """What a cache has, but for what is known of the model's template."""
+    return sorted(each.name for each in cache.iterdir() if not each.name.startswith("template-"))
 
 
 def documents(prepared, name="train"):
@@ -125,7 +133,9 @@ def test_rows_that_cannot_be_masked_are_told_together(tmp_path):
         make(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
     lines = str(caught.value).splitlines()
     assert lines[0] == "dataset: 7 bad rows; repair or remove, or set dataset.on_bad_row=skip:"
-    assert lines[1] == f"  {tmp_path}/a.jsonl:2: no assistant turn, so nothing to learn"
+    assert (
+        lines[1] == f"  {tmp_path}/a.jsonl:2: no message to learn: objective.train_on=assistant, and the roles are user"
+    )
     assert lines[-1] == "  ... and 2 more"
 
 
@@ -185,7 +195,7 @@ def test_damaged_data_is_made_anew(tmp_path, damage):
         meta.unlink()
     assert make(path, cache, said) == first
     assert ("train.arrow" if damage in ("short", "missing") else "meta.json") in said[0]
-    assert sorted(each.name for each in cache.iterdir()) == sorted([first.dir.name, "fake"])
+    assert left(cache) == sorted([first.dir.name, "fake"])
 
 
 def test_held_out_documents_are_chosen_by_their_text(tmp_path):
@@ -247,7 +257,7 @@ def test_a_killed_build_leaves_nothing(tmp_path):
     assert len(list(cache.glob(".tmp-*"))) == 1
     assert not list(cache.glob("data-*"))
     prepared = make(path, cache)
-    assert sorted(each.name for each in cache.iterdir()) == sorted([prepared.dir.name, "fake"])
+    assert left(cache) == sorted([prepared.dir.name, "fake"])
 
 
 def test_two_builders_at_once(tmp_path):
@@ -260,7 +270,7 @@ def test_two_builders_at_once(tmp_path):
     said = []
     prepared = make(path, cache, said)
     assert said == [f"data: reusing {prepared.dir}"]
-    assert sorted(each.name for each in cache.iterdir()) == sorted([prepared.dir.name, "fake"])
+    assert left(cache) == sorted([prepared.dir.name, "fake"])
 
 
 def test_nothing_slow_is_imported():
