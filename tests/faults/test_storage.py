@@ -31,7 +31,7 @@ from tests.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
-STEPS = 8
+STEPS, MANY = 8, 24
 CAN_MOUNT = os.geteuid() == 0 and Path("/proc").is_dir()
 
 
@@ -129,7 +129,9 @@ def test_a_disk_that_fills_up_in_a_save_and_has_room_again(
 ) -> None:
     """The kernel itself says so. Somebody else's file takes all the room while a save is written, and goes again."""
     disk = mounted("8M")
-    run, filler = RunDir(disk / "full"), disk / "filler"
+    run, filler = RunDir(folder / "runs" / "full-disk"), disk / "filler"
+    run.path.mkdir(parents=True)
+    run.checkpoints.symlink_to(disk)  # what else a run writes is elsewhere
 
     def fill(run: RunDir, attempt: int) -> bool:
         if "save failed" in (told := kinds(run)):
@@ -140,8 +142,7 @@ def test_a_disk_that_fills_up_in_a_save_and_has_room_again(
                     pass
         return False
 
-    typed = [f"train.steps={MANY}", f"run.dir={disk}", f"run.cache={folder / 'runs' / '.cache'}",
-             "checkpoint.on_error=warn", "checkpoint.keep_last=1"]  # fmt: skip
+    typed = [f"train.steps={MANY}", "checkpoint.on_error=warn", "checkpoint.keep_last=1"]
     ended = launch(folder, run.name, *typed, fault=Fault(fail="ckpt.tensors:sleep=0.1", kill=fill))
     assert ended.code == 0, ended.said
     failed = [event["error"] for event in rows(run.events) if event["kind"] == "save failed"]
@@ -149,9 +150,6 @@ def test_a_disk_that_fills_up_in_a_save_and_has_room_again(
     assert all("No space left on device" in error or "no space left: a checkpoint takes" in error for error in failed)
     assert any(os.strerror(errno.ENOSPC) in error for error in failed), "in the middle of a save, not before it"
     assert_same_result(run, whole(MANY))
-
-
-MANY = 24
 
 
 @needs_mount
