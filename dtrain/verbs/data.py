@@ -1,0 +1,106 @@
+"""Look at the rows that a launch would train on, measure or check them, or only prepare them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.errors import UserError
+from dtrain.verbs._data_rows import Part, check_target, open_rows
+
+if TYPE_CHECKING:
+    from dtrain.verbs._data_preview import Shown
+    from dtrain.verbs._data_rows import Opened
+
+_ROWS = 3
+_VERBS = {
+    "preview": "some rows, token by token, exactly as they are trained on",
+    "build": "prepare the rows into the cache, and nothing else",
+}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flat, so that overrides and options may stand in any order, as with `launch`."""
+    told = "; ".join(f"{name}: {text}" for name, text in _VERBS.items())
+    parser.add_argument("verb", choices=list(_VERBS), metavar="|".join(_VERBS), help=told)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the same as for `dtrain launch`")
+    parser.add_argument("--config-dir", "-cd", type=Path, default=None, metavar="DIR",
+                        help="your own groups and choices, beside ours")  # fmt: skip
+    preview = parser.add_argument_group("preview")
+    which = preview.add_mutually_exclusive_group()
+    which.add_argument("--rows", type=int, metavar="N", help=f"the first N rows ({_ROWS})")
+    which.add_argument("--row", type=int, metavar="I", help="only row I, counted from 0")
+    preview.add_argument("--eval", action="store_true", default=None, help="of those that are held out")
+    preview.add_argument("--ids", action="store_true", default=None, help="each token with its place and id")
+    how = preview.add_mutually_exclusive_group()
+    how.add_argument("--color", action="store_true", default=None,
+                     help="colours though this is no terminal; else marks are around what is trained")  # fmt: skip
+    how.add_argument("--html", type=Path, metavar="FILE", help="write it as a page for a browser")
+    parser.set_defaults(options={"preview": _options(preview)})
+
+
+def _options(group: argparse._ArgumentGroup) -> dict[str, str]:
+    """Where each option of a verb is stored, and its name."""
+    return {action.dest: action.option_strings[0] for action in group._group_actions}
+
+
+def run(args: argparse.Namespace) -> int:
+    foreign = [f"{option}: is not for `dtrain data {args.verb}`, but for `dtrain data {verb}`"
+               for verb, options in args.options.items() if verb != args.verb
+               for dest, option in options.items() if getattr(args, dest) is not None]  # fmt: skip
+    if foreign:
+        raise UserError.of(foreign)
+    verbs: dict[str, Callable[[argparse.Namespace], int]] = {"preview": _preview, "build": _build}
+    return verbs[args.verb](args)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _build(args: argparse.Namespace) -> int:
+    opened = open_rows(args.overrides, args.config_dir, _say)
+    print(f"rows: {opened.prepared.dir}")
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from dtrain.verbs import _data_html, _data_preview
+
+    check_target("--html", args.html)
+    if args.rows is not None and args.rows < 1:
+        raise UserError(f"--rows {args.rows}: must be at least 1")
+    opened = open_rows(args.overrides, args.config_dir, _say)
+    shown = _shown(opened, "eval" if args.eval else "train", rows=args.rows, row=args.row)
+    if args.html is not None:
+        page = _data_html.page(shown, opened.notes, ids=bool(args.ids))
+        args.html.write_text(page, encoding="utf-8")
+        print(f"wrote {args.html}: {len(shown)} row{'s' if len(shown) > 1 else ''}")
+        return 0
+    color = bool(args.color) or sys.stdout.isatty()
+    for line in _data_preview.lines(shown, color=color, ids=bool(args.ids)):
+        print(line)
+    return 0
+
+
+def _shown(opened: Opened, part: Part, *, rows: int | None, row: int | None) -> list[Shown]:
+    """The rows that were asked for. Raises UserError where there are none."""
+    from dtrain.verbs._data_pieces import documents
+    from dtrain.verbs._data_preview import Shown, title
+
+    store, tokenizer, prepared = opened.store(part), opened.tokenizer(), opened.prepared
+    if not len(store):
+        raise UserError("--eval: no rows are held out; set eval.fraction above 0, or leave --eval out")
+    if row is not None and not 0 <= row < len(store):
+        raise UserError(f"--row {row}: there are rows 0 to {len(store) - 1}")
+    pad = f"token {prepared.pad_id}, {tokenizer.decode([prepared.pad_id])!r}"
+    found = []
+    for i in range(min(rows or _ROWS, len(store))) if row is None else [row]:
+        one = store.row(i)
+        short = prepared.max_length - len(one.tokens)
+        padding = f"{pad}, to the longest row of its micro-batch; {short:,} tokens below dataset.max_length"
+        found.append(Shown(title(i, len(store), part, one), one, list(documents(one, tokenizer)), padding))
+    return found

@@ -1,0 +1,273 @@
+"""What `dtrain data` shows and says, from small files and the model that is made of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtrain.cli import run as dtrain
+from dtrain.data.rows import Row
+from dtrain.data.store import RowStore
+from dtrain.data.tokenizer import TextTokenizer
+from dtrain.plan.propose import propose
+from dtrain.verbs import launch
+from dtrain.verbs._data_pieces import documents, visible
+from dtrain.verbs._data_preview import Shown, lines
+from tests.unit.data.fakes import write_tokenizer
+
+CHATS = [
+    ("How do you do?", "Fine, thank you.\nAnd you?"),
+    ("谢谢你", "不客气 👩‍👩‍👧 naïve"),
+    ("<b>bold</b> & 'quoted'", '<script>alert("1")</script> &amp; </span>'),
+]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _chats(path: Path, pairs: list[tuple[str, str]] = CHATS) -> str:
+    rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+            for asked, said in pairs]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"dataset.path={path}"
+
+
+class _Said:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *argv: str, code: int = 0) -> str:
+        """What is printed; of an error, what is said of it."""
+        found = dtrain(["data", *argv])
+        out, err = self._capsys.readouterr()
+        assert found == code, out + err
+        return err if found == 2 else out
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> _Said:
+    return _Said(capsys)
+
+
+def _opened(text: str, part: str = "train") -> tuple[RowStore, TextTokenizer]:
+    """What was prepared last, by what was said of it."""
+    folder = Path([line for line in text.splitlines() if line.startswith(("data: preparing", "data: reusing"))][-1]
+                  .split()[2].rstrip(":"))  # fmt: skip
+    assets = next(Path("runs/.cache").glob("tiny-*"))
+    return RowStore(folder / f"{part}.arrow"), TextTokenizer.load(assets)
+
+
+def test_preview_marks_what_is_trained(said: _Said, tmp_path: Path) -> None:
+    text = said("preview", _chats(tmp_path / "a.jsonl"), "--rows", "1", "eval.fraction=0")
+    assert "data: 1 rows of up to 1,024 tokens" in text
+    assert "objective: sft train_on=assistant; template=auto" in text
+    assert "\x1b" not in text
+    shown = text[text.index("legend:") :]
+    assert shown.count("--- document") == 3
+    # The answers and the token that ends their turn, and nothing else.
+    body = shown[shown.index("---") :]
+    assert sorted(part.split("]]")[0] for part in body.split("[[")[1:]) == sorted(
+        f"{answer}<|im_end|>" for _, answer in CHATS
+    )
+    for question, _ in CHATS:
+        assert f"<|im_start|>user\n{question}<|im_end|>\n" in shown
+    store, _ = _opened(text)
+    row = store.row(0)
+    num, trained = len(row.tokens), row.num_targets
+    assert f"row 0 of 1 to train on: {num} tokens ({trained} trained, {num - trained} context) in 3 documents" in shown
+    assert f"{1024 - num} tokens below dataset.max_length" in shown
+
+
+def test_preview_of_ids_is_the_prepared_row(said: _Said, tmp_path: Path) -> None:
+    """All of it: place, id and mask of each token; overrides and options in any order."""
+    data = _chats(tmp_path / "a.jsonl", [*CHATS, *((f"question {i}", f"answer {i}") for i in range(9))])
+    text = said("preview", data, "--row", "1", "eval.fraction=0", "--ids", "dataset.max_length=60")
+    store, _ = _opened(text)
+    assert len(store) > 2
+    table = [line for line in text.splitlines() if line[:7].strip().isdigit()]
+    row = store.row(1)
+    assert [int(line[:7]) for line in table] == list(range(len(row.tokens)))
+    assert [int(line[7:15]) for line in table] == row.tokens.tolist()
+    assert [line[16] == "T" for line in table] == row.targets.tolist()
+    assert f"document 1 of {len(row.lengths)}: {row.lengths[0]} tokens" in text
+
+
+def test_preview_of_what_is_held_out(said: _Said, tmp_path: Path) -> None:
+    data = _chats(tmp_path / "a.jsonl")
+    text = said("preview", data, "--eval")
+    assert "row 0 of 1 to evaluate on" in text
+    assert text.count("--- document") == 1
+    assert said("preview", data, "--eval", "eval.fraction=0", code=2).startswith("error: --eval: no rows are held out")
+
+
+def test_colours(said: _Said, tmp_path: Path) -> None:
+    text = said("preview", _chats(tmp_path / "a.jsonl", [("a", "b\nc"), ("a", "b\nc")]), "--color")
+    # The end of a trained line is trained too, and the colour does not go over it.
+    assert "\x1b[30;42mb⏎\x1b[0m\n\x1b[30;42mc<|im_end|>\x1b[0m" in text
+    assert "[[" not in text
+
+
+def test_other_marks_where_the_data_has_these(said: _Said, tmp_path: Path) -> None:
+    text = said("preview", _chats(tmp_path / "a.jsonl", [("a[[0]]", "b]]")] * 2))
+    assert "legend: {{{trained}}} context" in text
+    assert "{{{b]]<|im_end|>}}}" in text
+
+
+def test_data_does_not_steer_the_terminal(said: _Said, tmp_path: Path) -> None:
+    data = _chats(tmp_path / "a.jsonl", [("\x1b[31mred\r\x07", "\u202eturned\x9b1m")] * 2)
+    for option in ("--rows=1", "--ids"):
+        text = said("preview", data, option)
+        assert not {"\x1b", "\r", "\x07", "\u202e", "\x9b"} & set(text)
+    assert visible("\x1b[31mé\n\t👩‍👧") == "\\x1b[31mé\n\t👩‍👧"
+
+
+class _Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.tokens: list[tuple[str, str, str]] = []
+        """Class, title and text of each."""
+        self.text = ""
+        self._at: list[dict[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag == "span" and (found := dict(attrs)).get("title"):
+            self._at.append(found)
+            self.tokens.append((str(found["class"]), str(found["title"]), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "span" and self._at:
+            self._at.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._at:
+            kind, title, text = self.tokens[-1]
+            self.tokens[-1] = (kind, title, text + data)
+
+
+def test_html_is_the_row_and_nothing_else(said: _Said, tmp_path: Path) -> None:
+    name = tmp_path / "<script>x.jsonl"
+    text = said("preview", _chats(name).replace("=", "='", 1) + "'", "eval.fraction=0", "--html", "a.html")
+    assert text.endswith("wrote a.html: 1 row\n")
+    source = Path("a.html").read_text(encoding="utf-8")
+    page = _Page(source)
+    assert page.tags == {"html", "head", "meta", "title", "style", "body", "h1", "h2", "div", "p", "span", "section"}
+    assert "http" not in source.replace("http-equiv", "")  # nothing to fetch
+    assert str(name) in page.text
+    store, tokenizer = _opened(text)
+    row = store.row(0)
+    shown = "".join(part for _, _, part in page.tokens)
+    assert shown.replace("⏎", "") == tokenizer.decode(row.tokens.tolist())
+    marked = [kind == "trained" for kind, title, _ in page.tokens for _ in _ids(title)]
+    assert marked == row.targets.tolist()
+    assert [token for _, title, _ in page.tokens for token in _ids(title)] == row.tokens.tolist()
+    with_ids = said("preview", f"dataset.path='{name}'", "eval.fraction=0", "--html", "b.html", "--ids")
+    assert "reusing" in with_ids
+    assert f"<sub>{row.tokens[0]}</sub>" in Path("b.html").read_text(encoding="utf-8")
+
+
+def _ids(title: str) -> list[int]:
+    return [int(token) for token in title.split("id ")[1].split(",")[0].split()]
+
+
+def test_pieces_put_characters_together(tmp_path: Path) -> None:
+    tokenizer = TextTokenizer.load(write_tokenizer(tmp_path / "tokenizer"))
+    texts = ["the 谢谢 👩‍👧 grüße\ufffd", "\ufffd\ufffd", " two  spaces "]
+    ids = [tokenizer.encode(text) for text in texts]
+    tokens = np.array([token for each in ids for token in each], np.int32)
+    lengths = np.array([len(each) for each in ids], np.int32)
+    targets = np.zeros(len(tokens), np.bool_)
+    whole = list(documents(Row(tokens, targets, lengths), tokenizer))
+    assert ["".join(piece.text for piece in document) for document in whole] == texts
+    assert "谢" in [piece.text for piece in whole[0]]
+    assert len(tokenizer.encode("谢")) == 3
+    # A mask that begins within a character: neither part is shown as the other.
+    at = next(piece for piece in whole[0] if piece.text.endswith("谢"))
+    targets[at.at + len(at.ids) - 1 :] = True
+    pieces = [piece for document in documents(Row(tokens, targets, lengths), tokenizer) for piece in document]
+    assert [token for piece in pieces for token in piece.ids] == tokens.tolist()
+    assert [piece.trained for piece in pieces for _ in piece.ids] == targets.tolist()
+    assert [piece.at for piece in pieces] == np.cumsum([0, *(len(piece.ids) for piece in pieces)])[:-1].tolist()
+
+
+def test_a_token_that_is_no_character_yet_is_shown(tmp_path: Path) -> None:
+    tokenizer = TextTokenizer.load(write_tokenizer(tmp_path / "tokenizer"))
+    ids = np.array(tokenizer.encode("谢"), np.int32)
+    row = Row(ids, np.array([False, True, True]), np.array([3], np.int32))
+    text = list(lines([Shown("row", row, list(documents(row, tokenizer)), "none")], color=False, ids=True))
+    assert [line.split()[:2] for line in text[4:-1]] == [[str(i), str(token)] for i, token in enumerate(ids)]
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["preview", "--row", "1"], "--row 1: there are rows 0 to 0"),
+    (["preview", "--row", "-1"], "--row -1: there are rows 0 to 0"),
+    (["preview", "--rows", "0"], "--rows 0: must be at least 1"),
+    (["preview", "--rows", "1", "--row", "1"], "--row: not allowed with argument --rows"),
+    (["preview", "--html", "none/a.html"], "--html none/a.html: there is no folder none"),
+    (["preview", "--html", "."], "--html .: is a folder"),
+    (["preview", "--html", "a.html", "--color"], "--color: not allowed with argument --html"),
+    (["build", "--html", "a.html", "--ids"], "--ids: is not for `dtrain data build`, but for `dtrain data preview`"),
+    (["preview", "dataset.max_lenght=3"], "dataset.max_lenght"),
+    (["preview", "dataset.path=nowhere.jsonl"], "nowhere.jsonl"),
+    (["look"], "invalid choice: 'look'"),
+])  # fmt: skip
+def test_wrong_input(said: _Said, tmp_path: Path, argv: list[str], words: str) -> None:
+    text = said(*argv, _chats(tmp_path / "a.jsonl") if "dataset.path" not in str(argv) else "run.seed=1", code=2)
+    assert words in text
+    assert "Traceback" not in text
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_prepared(said: _Said, tmp_path: Path) -> None:
+    said("preview", _chats(tmp_path / "a.jsonl"), "--html", "none/a.html", code=2)
+    assert not Path("runs").exists()
+
+
+def test_build_makes_what_a_launch_finds(said: _Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [_chats(tmp_path / "a.jsonl"), "dataset.max_length=64", "run.seed=3", "template=chatml",
+                 "run.cache=elsewhere", "objective.train_on=all"]  # fmt: skip
+    text = said("build", *overrides)
+    assert "data: preparing" in text
+    assert "nothing is prepared yet" in text
+    folder = text.splitlines()[-1].removeprefix("rows: ")
+    assert Path(folder, "train.arrow").is_file()
+    ready = launch.prepare_all(propose(overrides, None))
+    assert str(ready.dir) == folder
+    assert "data: reusing" in capsys.readouterr().out
+    assert "data: reusing" in said("build", *overrides)
+    assert "dataset.max_length was 64, is 32" in said("build", *overrides, "dataset.max_length=32")
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    """In an interpreter of its own; so that it answers at once, and on a machine for which torch is not made."""
+    data = _chats(tmp_path / "a.jsonl")
+    code = f"""
+import contextlib, io, sys
+from dtrain.cli import run
+for argv in (["preview", {data!r}], ["preview", "--html", "a.html", {data!r}], ["build", {data!r}]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert run(["data", *argv]) == 0, out.getvalue() + err.getvalue()
+print([name for name in ("torch", "transformers", "deepspeed", "datasets") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        dtrain(["data", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("preview", "build", "--html FILE", "KEY=VALUE"):
+        assert word in text
