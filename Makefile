@@ -26,7 +26,7 @@ demo: install    ## train a small model under ZeRO-3 on two processes, let it wr
 	@echo; echo "--- where things are, and what to type next:"
 	@$(BIN)/python -m dtrain runs show runs/$(RUN)
 	@echo; echo "  $(BIN)/dtrain generate runs/$(RUN) --prompt 'def main('"
-	@echo "  $(BIN)/dtrain launch strategy=fsdp2 run.name=mine dataset=jsonl dataset.path=FILE.jsonl"
+	@echo "  $(BIN)/dtrain launch strategy=fsdp2 run.name=mine dataset.path=FILE"
 	@echo "  $(BIN)/dtrain plan +strategy=zero3 model=qwen7b device=cuda launcher.procs=8"
 
 lint: install    ## format, lint, types, layers

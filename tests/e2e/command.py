@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["dataset=jsonl", "dataset.max_length=64", "model.hidden=64", "model.layers=2", "model.intermediate=128",
+SMALL = ["dataset=files", "dataset.max_length=64", "model.hidden=64", "model.layers=2", "model.intermediate=128",
          "model.vocab=400", "model.max_positions=64", "batch.global_batch=8", "train.steps=8", "schedule.warmup_steps=2",
          "optim.lr=5e-3", "eval.fraction=0.1", "eval.every_steps=4", "tracker=[console,jsonl]"]  # fmt: skip
 """The smallest run that learns something in eight steps."""

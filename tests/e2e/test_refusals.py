@@ -70,7 +70,7 @@ def test_rows_that_are_no_rows(here: Path, capsys) -> None:
     assert said.splitlines()[0] == "error: dataset: 3 bad rows; repair or remove, or set dataset.on_bad_row=skip:"
     for line in (
         "bad.jsonl:2: not JSON",
-        "bad.jsonl:4: has neither `text` nor `messages`, but `txt`",
+        "bad.jsonl:4: no `text`: the rows are read as text (text), and this one has `txt`",
         "bad.jsonl:5: `text` is a number",
     ):
         assert line in said

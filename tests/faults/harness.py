@@ -25,7 +25,7 @@ from dtrain.launchers.verdict import judge
 from dtrain.runs import Outcome, RunDir
 from tests.processes import PRELOAD, free_port
 
-TYPED = ["dataset=jsonl", "dataset.path=texts.jsonl", "dataset.max_length=32", "model.hidden=32", "model.layers=2",
+TYPED = ["dataset=files", "dataset.path=texts.jsonl", "dataset.max_length=32", "model.hidden=32", "model.layers=2",
          "model.intermediate=56", "model.vocab=300", "model.max_positions=32", "batch.global_batch=4", "eval.fraction=0.05",
          "eval.every_steps=0", "eval.max_rows=4", "schedule.warmup_steps=2", "optim.lr=5e-3", "tracker=jsonl",
          "tracker.jsonl.plot=false", "checkpoint.every_minutes=null", "checkpoint.every_steps=1", "launcher.procs=2",

@@ -13,7 +13,6 @@ from dtrain.plan.propose import configure
 
 NEEDED = {
     "dataset=files": ["dataset.path=somewhere.jsonl"],
-    "dataset=jsonl": ["dataset.path=somewhere.jsonl"],
     "dataset=hub": ["dataset.name=somebody/something"],
     "dataset=python": ["dataset.function=tests.rows:train", "plugins=[tests]"],
     "model=hf": ["model.path=someone/something"],

@@ -190,10 +190,10 @@ def test_accepted(typed: str, holds) -> None:
     ("model=hf", "model.path is needed with model=hf"),
     ("model=hf model.path=/nowhere/x", "no such folder"),
     ("model=hf model.path=someone/nothing", "its config.json is not on this machine"),
-    ("dataset=jsonl", "dataset.path: not given; name a file"),
-    ("dataset=jsonl dataset.path=/nowhere.jsonl", "dataset.path=/nowhere.jsonl: no such file"),
-    ("dataset=jsonl dataset.path=[]", "dataset.path: an empty list"),
-    ("dataset=jsonl dataset.path={a:1}", "dataset.path={'a': 1}: not a text and not a list"),
+    ("dataset=files", "dataset.path: not given; name a file"),
+    ("dataset=files dataset.path=/nowhere.jsonl", "dataset.path=/nowhere.jsonl: no such file"),
+    ("dataset=files dataset.path=[]", "dataset.path: an empty list"),
+    ("dataset=files dataset.path={a:1}", "dataset.path={'a': 1}: not a text and not a list"),
 ])  # fmt: skip
 def test_refused_by_the_plan(typed: str, said: str, monkeypatch) -> None:
     monkeypatch.setattr("dtrain.plan.propose.look", lambda: _no_gpu())
