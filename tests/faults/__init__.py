@@ -13,6 +13,8 @@
 | `latest` empty, wrong, a folder | the checkpoints themselves decide | `test_damage.py::test_a_pointer_decides_nothing` |
 | two jobs, one folder | the second is refused | `test_storage.py::test_a_second_job_is_refused` |
 | the disk fills up, is read-only, or takes no file as large | the partial one is removed; the run stops or goes on, as `checkpoint.on_error` says | `test_storage.py` |
+| a save fails on one rank | all ranks hear of it at the same step; at the end it is tried again | `test_storage.py` |
+| a loss is not finite while an earlier step is being saved | that save is finished | `test_storage.py::test_what_is_being_written_when_a_loss_is_not_finite_is_finished` |
 | the folder cannot be written from the start | exit 2 before a rank is started | `test_storage.py::test_a_folder_that_cannot_be_written_is_refused_first` |
 | a save takes longer than the time between two | one at a time, the next is postponed and that is said; no second buffer | `test_storage.py::test_saves_on_a_slow_disk_do_not_pile_up` |
 | a rank does not see the folder of the others | said in these words | `test_storage.py`, the last two |

@@ -83,16 +83,22 @@ def test_killed_at_random_moments(folder: Path, whole: Callable[[int], RunDir]) 
 
 
 def _moment(draw: random.Random) -> Fault:
-    """Some time after the first step has begun, or after the start."""
-    after_start, delay_s = draw.random() < 0.15, draw.uniform(0, 0.3)
-    seen: list[float] = []
+    """A while after some steps have begun, or after the start."""
+    steps, delay_s = draw.randint(1, 8), draw.uniform(0, 0.05)
+    if draw.random() < 0.15:
+        steps, delay_s = 0, draw.uniform(0, 1)
+    due: list[float] = []
 
     def kill(run: RunDir, attempt: int) -> bool:
-        if not seen and (after_start or (run.attempt_dir(attempt) / "rank-0.rows.jsonl").exists()):
-            seen.append(time.monotonic())
-        return bool(seen) and time.monotonic() > seen[0] + delay_s * (3 if after_start else 1)
+        if not due and (not steps or len(_lines(run.attempt_dir(attempt) / "rank-0.rows.jsonl")) >= steps):
+            due.append(time.monotonic() + delay_s)
+        return bool(due) and time.monotonic() > due[0]
 
     return Fault(kill=kill, fail="ckpt.mid:sleep=0.01")  # so that most moments are within a save
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
 
 
 def test_what_a_failing_rank_leaves_to_the_others(folder: Path, whole: Callable[[int], RunDir]) -> None:
