@@ -14,6 +14,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dtrain.config.compose import choices, group_choice
 from dtrain.datasets.badrows import BadRowError
 from dtrain.errors import DataError
 
@@ -81,15 +82,21 @@ class ChatTemplate:
         shown = [_shown(message, i) for i, message in enumerate(messages)]
         if tools and "tools" not in self.variables:
             raise DataError(f"template: the rows have tools, which the chat template in {self.origin} does not write; "
-                            f"choose one that does with template=, or leave the tools out of the rows")  # fmt: skip
+                            f"{_writes('tools')}, or leave the tools out of the rows")  # fmt: skip
         if not self.calls and any(message.get("tool_calls") for message in shown):
             raise DataError(f"template: the rows have calls of tools, which the chat template in {self.origin} does "
-                            f"not write; choose one that does with template=")  # fmt: skip
+                            f"not write; {_writes('tool_calls')}")  # fmt: skip
         try:
             return self._template.render(messages=shown, tools=tools or None, documents=None,
                                          add_generation_prompt=prompt, **self._special_tokens)  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise BadRowError(f"the chat template refuses these messages: {error}") from error
+
+
+def _writes(word: str) -> str:
+    """What to type for a template of dtrain that knows of it."""
+    names = [name for name in choices()["template"] if word in group_choice("template", name).get("text", "")]
+    return f"type {' or '.join(f'template={name}' for name in names)}"
 
 
 def _shown(message: Mapping[str, Any], i: int) -> dict[str, Any]:

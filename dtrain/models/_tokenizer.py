@@ -6,22 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from dtrain.config.compose import group_choice
+
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL = (EOS, "<|im_start|>", "<|im_end|>", PAD)
 """Ids 0 to 3, in this order."""
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}"
-    "{{ message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""ChatML. What stands between the `generation` marks is what the assistant says, its end included."""
-
+_TEMPLATE = "qwen"
+"""The chat template, of those in conf: it has these tokens, and writes tools too."""
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -72,7 +63,7 @@ def train_tokenizer(texts: Sequence[str], vocab: int, folder: Path, max_position
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "model_max_length": max_positions,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": group_choice("template", _TEMPLATE)["text"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

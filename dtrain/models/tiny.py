@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_CHARS = 2_000_000
 """Text that the tokenizer is trained on; more makes it slower and hardly better at this size."""
-_FORMAT = 1
+_FORMAT = 2
 """Of the folder that `assets` writes; a change makes older folders unused."""
 
 

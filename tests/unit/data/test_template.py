@@ -234,3 +234,17 @@ def test_the_template_is_in_the_key_and_in_the_models_folder(tmp_path):
     assert second.digest == first.digest  # it writes the same
     texts = prepared("text", [{"text": "the cat"}], tmp_path, template=template)
     assert texts.notes[-1] == "template: not used here, as the rows are no conversations"
+
+
+def test_the_tiny_models_own_template_writes_tools(tmp_path):
+    from dtrain.models.tiny import Tiny
+
+    folder = Tiny(vocab=300).assets(lambda: ["the cat sat on the mat"], tmp_path)
+    call = {"function": {"name": "weigh", "arguments": {}}}
+    messages = [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tokenizer = TextTokenizer.load(folder)
+    ids, targets = tokenizer.chat(messages, None, [{"type": "function", "function": {"name": "weigh"}}])
+    learned = tokenizer.decode([i for i, target in zip(ids, targets, strict=True) if target])
+    assert learned == '<tool_call>\n{"name": "weigh", "arguments": {}}\n</tool_call><|im_end|>'
+    assert tokenizer.chat_notes() == []
+    assert with_template(folder, Jinja(), tmp_path) == folder
