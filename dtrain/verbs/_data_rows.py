@@ -74,3 +74,11 @@ def check_target(option: str, path: Path | None) -> None:
         raise UserError(f"{option} {path}: is a folder; name a file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}; make it, or choose another")
+
+
+def write(option: str, path: Path, content: bytes) -> None:
+    """Raises UserError."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}; choose another place") from error

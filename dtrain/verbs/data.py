@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.errors import UserError
-from dtrain.verbs._data_rows import Part, check_target, open_rows
+from dtrain.verbs._data_rows import Part, check_target, open_rows, write
 
 if TYPE_CHECKING:
     from dtrain.verbs._data_preview import Shown
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _ROWS = 3
 _VERBS = {
     "preview": "some rows, token by token, exactly as they are trained on",
+    "stats": "what is in them: tokens, lengths, what was cut or left out, duplicates",
     "build": "prepare the rows into the cache, and nothing else",
 }
 
@@ -39,7 +41,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--color", action="store_true", default=None,
                      help="colours though this is no terminal; else marks are around what is trained")  # fmt: skip
     how.add_argument("--html", type=Path, metavar="FILE", help="write it as a page for a browser")
-    parser.set_defaults(options={"preview": _options(preview)})
+    stats = parser.add_argument_group("stats")
+    stats.add_argument("--json", action="store_true", default=None, help="one JSON object; the rest goes to stderr")
+    stats.add_argument("--png", type=Path, metavar="FILE", help="draw the lengths of the documents")
+    parser.set_defaults(options={"preview": _options(preview), "stats": _options(stats)})
 
 
 def _options(group: argparse._ArgumentGroup) -> dict[str, str]:
@@ -53,12 +58,32 @@ def run(args: argparse.Namespace) -> int:
                for dest, option in options.items() if getattr(args, dest) is not None]  # fmt: skip
     if foreign:
         raise UserError.of(foreign)
-    verbs: dict[str, Callable[[argparse.Namespace], int]] = {"preview": _preview, "build": _build}
+    verbs: dict[str, Callable[[argparse.Namespace], int]] = {"preview": _preview, "stats": _stats, "build": _build}
     return verbs[args.verb](args)
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from dtrain.verbs import _data_plot, _data_stats
+
+    check_target("--png", args.png)
+    opened = open_rows(args.overrides, args.config_dir, _remark if args.json else _say)
+    stats = _data_stats.measure(opened)
+    if args.json:
+        print(json.dumps(_data_stats.as_dict(stats, opened.notes)))
+    else:
+        print("\n".join(_data_stats.text(stats)))
+    if args.png is not None:
+        write("--png", args.png, _data_plot.draw_lengths(stats))
+        (_remark if args.json else _say)(f"wrote {args.png}")
+    return 0
+
+
+def _remark(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -77,7 +102,7 @@ def _preview(args: argparse.Namespace) -> int:
     shown = _shown(opened, "eval" if args.eval else "train", rows=args.rows, row=args.row)
     if args.html is not None:
         page = _data_html.page(shown, opened.notes, ids=bool(args.ids))
-        args.html.write_text(page, encoding="utf-8")
+        write("--html", args.html, page.encode())
         print(f"wrote {args.html}: {len(shown)} row{'s' if len(shown) > 1 else ''}")
         return 0
     color = bool(args.color) or sys.stdout.isatty()

@@ -19,6 +19,7 @@ from dtrain.plan.propose import propose
 from dtrain.verbs import launch
 from dtrain.verbs._data_pieces import documents, visible
 from dtrain.verbs._data_preview import Shown, lines
+from dtrain.verbs._data_stats import Rows, bins
 from tests.unit.data.fakes import write_tokenizer
 
 CHATS = [
@@ -209,7 +210,71 @@ def test_a_token_that_is_no_character_yet_is_shown(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in text[4:-1]] == [[str(i), str(token)] for i, token in enumerate(ids)]
 
 
+def _texts(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return f"dataset.path={path}"
+
+
+def test_stats_are_those_of_the_rows(said: _Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _chats(tmp_path / "a.jsonl", [*CHATS, ("more", "of it " * 200), CHATS[1], CHATS[0], CHATS[1]])
+    argv = ["stats", data, "eval.fraction=0", "dataset.max_length=80"]
+    text = said(*argv, "--png", "a.png")
+    store, _ = _opened(text)
+    rows = [store.row(i) for i in range(len(store))]
+    tokens, targets = sum(len(row.tokens) for row in rows), sum(int(row.targets.sum()) for row in rows)
+    lengths = sorted(length for row in rows for length in row.lengths.tolist())
+    assert dtrain(["data", *argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "data: reusing" in err
+    found = json.loads(out)
+    train = found["train"]
+    assert (train["rows"], train["documents"], train["tokens"], train["targets"]) == (len(rows), 7, tokens, targets)
+    assert train["duplicates"] == 3  # two of the second, one of the first
+    assert (train["lengths"]["least"], train["lengths"]["most"], train["lengths"]["median"]) == (
+        lengths[0],
+        80,
+        lengths[3],
+    )
+    assert [each["documents"] for each in train["histogram"]] == [
+        sum(each["from"] <= length <= each["to"] for length in lengths) for each in train["histogram"]
+    ]
+    assert found["eval"]["documents"] == found["overlap"] == 0
+    assert found["examples"]["read"] == 7
+    assert found["examples"]["truncated to 80 tokens"] == 1
+    assert found["fill"] == tokens / (80 * len(rows))
+    assert f"trained     {targets:,} of {tokens:,} tokens ({targets / tokens:.2%})" in text
+    assert "duplicates  3 of 7 documents (42.86%)" in text
+    assert "1 truncated to 80 tokens" in text
+    assert text.endswith("wrote a.png\n")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_overlap_is_found_in_the_tokens(said: _Said, tmp_path: Path) -> None:
+    """Texts that differ are on two sides; what is left of them when they are cut off is the same."""
+    argv = [_texts(tmp_path / "a.jsonl", [f"{'the same ' * 9}{i}" for i in range(20)]), "eval.fraction=0.4"]
+    whole = said("stats", *argv)
+    assert "overlap     0 of" in whole
+    assert "duplicates  0 of" in whole
+    held_out = int(whole.split("to train on, ")[2].split()[0])
+    assert 0 < held_out < 20
+    cut = said("stats", *argv, "dataset.max_length=4", "dataset.on_long=truncate")
+    assert f"overlap     {held_out} of {held_out} documents held out (100.00%)" in cut
+    assert f"duplicates  {19 - held_out} of {20 - held_out} documents" in cut
+
+
+def test_bins() -> None:
+    def of(*lengths: int) -> list[tuple[int, int, int]]:
+        return bins(Rows(0, 0, 0, np.array(lengths, np.int32), np.empty(0, np.uint64)))
+
+    assert of() == []
+    assert of(2, 2, 3) == [(1, 1, 0), (2, 2, 2), (3, 3, 1)]
+    # 25 in at most twelve steps: each of three, the last from 25 to 27.
+    assert of(1, 3, 4, 25) == [(1, 3, 2), (4, 6, 1), *((k, k + 2, 0) for k in range(7, 25, 3)), (25, 27, 1)]
+
+
 @pytest.mark.parametrize(("argv", "words"), [
+    (["stats", "--png", "none/a.png"], "--png none/a.png: there is no folder none"),
+    (["preview", "--json"], "--json: is not for `dtrain data preview`, but for `dtrain data stats`"),
     (["preview", "--row", "1"], "--row 1: there are rows 0 to 0"),
     (["preview", "--row", "-1"], "--row -1: there are rows 0 to 0"),
     (["preview", "--rows", "0"], "--rows 0: must be at least 1"),
@@ -254,7 +319,8 @@ def test_without_torch(tmp_path: Path) -> None:
     code = f"""
 import contextlib, io, sys
 from dtrain.cli import run
-for argv in (["preview", {data!r}], ["preview", "--html", "a.html", {data!r}], ["build", {data!r}]):
+for argv in (["preview", {data!r}], ["preview", "--html", "a.html", {data!r}], ["build", {data!r}], ["stats", {data!r}],
+             ["stats", "--png", "a.png", "--json", {data!r}]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         assert run(["data", *argv]) == 0, out.getvalue() + err.getvalue()
 print([name for name in ("torch", "transformers", "deepspeed", "datasets") if name in sys.modules])
