@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dtrain.data.store import RowStore
     from dtrain.verbs._data_rows import Opened
 
-_READ, _TRUNCATED = "read", "truncated"
-_LOST = ("bad, left out", "left out: over", "left out: no token to learn")
+_READ, _TRUNCATED, _SPLIT, _EMPTY = "read", "truncated", "split", "left out: no token to learn"
+_LOST = ("bad, left out", "left out: over", _EMPTY)
 """How those reasons begin by which rows are lost; further ones are rules that a dataset or an objective has."""
 _BINS = 12
 _BAR = 40
@@ -56,7 +56,7 @@ class Stats:
 
     @property
     def num_examples(self) -> int:
-        """All that were there to be rows."""
+        """Those that were read."""
         return self.reasons.get(_READ, 0)
 
     @property
@@ -65,7 +65,10 @@ class Stats:
 
     @property
     def lost(self) -> dict[str, int]:
-        return {reason: num for reason, num in self.reasons.items() if reason.startswith(_LOST)}
+        # Where long ones are split, those without a token to learn are pieces, such as a last token by itself.
+        pieces = any(reason.startswith(_SPLIT) for reason in self.reasons)
+        return {reason: num for reason, num in self.reasons.items()
+                if reason.startswith(_LOST) and not (pieces and reason == _EMPTY)}  # fmt: skip
 
 
 def measure(opened: Opened) -> Stats:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.errors import UserError
+from dtrain.verbs._data_policy import OPTIONS, judge, limit
 from dtrain.verbs._data_rows import Part, check_target, open_rows, write
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _ROWS = 3
 _VERBS = {
     "preview": "some rows, token by token, exactly as they are trained on",
     "stats": "what is in them: tokens, lengths, what was cut or left out, duplicates",
+    "check": "exit code 1 where they break one of the limits",
     "build": "prepare the rows into the cache, and nothing else",
 }
 
@@ -44,7 +46,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     stats = parser.add_argument_group("stats")
     stats.add_argument("--json", action="store_true", default=None, help="one JSON object; the rest goes to stderr")
     stats.add_argument("--png", type=Path, metavar="FILE", help="draw the lengths of the documents")
-    parser.set_defaults(options={"preview": _options(preview), "stats": _options(stats)})
+    check = parser.add_argument_group("check", "each limit a share, such as 1%%, or a number")
+    for option, (standard, what) in OPTIONS.items():
+        check.add_argument(option, type=limit, metavar="LIMIT", help=f"{what} ({standard})".replace("%", "%%"))
+    groups = {"preview": preview, "stats": stats, "check": check}
+    parser.set_defaults(options={verb: _options(group) for verb, group in groups.items()})
 
 
 def _options(group: argparse._ArgumentGroup) -> dict[str, str]:
@@ -58,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
                for dest, option in options.items() if getattr(args, dest) is not None]  # fmt: skip
     if foreign:
         raise UserError.of(foreign)
-    verbs: dict[str, Callable[[argparse.Namespace], int]] = {"preview": _preview, "stats": _stats, "build": _build}
+    verbs: dict[str, Callable[[argparse.Namespace], int]] = {"preview": _preview, "stats": _stats, "check": _check,
+                                                            "build": _build}  # fmt: skip
     return verbs[args.verb](args)
 
 
@@ -80,6 +87,20 @@ def _stats(args: argparse.Namespace) -> int:
         write("--png", args.png, _data_plot.draw_lengths(stats))
         (_remark if args.json else _say)(f"wrote {args.png}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from dtrain.verbs import _data_stats
+
+    typed = {args.options["check"][dest]: getattr(args, dest) for dest in args.options["check"]}
+    limits = {option: typed[option] or limit(standard) for option, (standard, _) in OPTIONS.items()}
+    opened = open_rows(args.overrides, args.config_dir, _say)
+    verdicts = list(judge(_data_stats.measure(opened), limits))
+    for verdict in verdicts:
+        print(verdict.line)
+    broken = sum(verdict.broken for verdict in verdicts)
+    print(f"{broken} of {len(verdicts)} limits broken" if broken else "all limits kept")
+    return 1 if broken else 0
 
 
 def _remark(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dtrain.data.tokenizer import TextTokenizer
 from dtrain.plan.propose import propose
 from dtrain.verbs import launch
 from dtrain.verbs._data_pieces import documents, visible
+from dtrain.verbs._data_policy import limit
 from dtrain.verbs._data_preview import Shown, lines
 from dtrain.verbs._data_stats import Rows, bins
 from tests.unit.data.fakes import write_tokenizer
@@ -272,7 +274,70 @@ def test_bins() -> None:
     assert of(1, 3, 4, 25) == [(1, 3, 2), (4, 6, 1), *((k, k + 2, 0) for k in range(7, 25, 3)), (25, 27, 1)]
 
 
+def test_check_keeps_or_breaks_each_limit(said: _Said, tmp_path: Path) -> None:
+    """Of 9 rows one is cut off, one cannot be used, and one repeats another."""
+    data = _chats(tmp_path / "a.jsonl", [*CHATS, *((f"q {i}", f"a {i}") for i in range(3)), CHATS[1],
+                                         ("more", "of it " * 200)])  # fmt: skip
+    with Path("a.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user", "content": "alone"}]}\n')
+    argv = ["check", data, "eval.fraction=0", "dataset.max_length=80", "dataset.on_bad_row=skip",
+            "dataset.max_bad_fraction=0.5"]  # fmt: skip
+    text = said(*argv, code=1)
+    verdicts = {line.split()[1]: line.split()[0] for line in text.splitlines() if line.startswith(("kept", "broken"))}
+    assert verdicts == {
+        "--max-truncated": "broken",
+        "--max-skipped": "broken",
+        "--min-trained": "kept",
+        "--max-duplicates": "broken",
+        "--max-overlap": "kept",
+    }
+    assert "1 truncated to 80 tokens" in text.split("broken  --max-truncated")[1].splitlines()[0]
+    assert "bad, left out: " in text.split("broken  --max-skipped")[1].splitlines()[0]
+    assert text.endswith("3 of 5 limits broken\n")
+    enough = ["--max-truncated", "12.5%", "--max-skipped", "1", "--max-duplicates", "1"]
+    assert said(*argv, *enough).endswith("all limits kept\n")
+    for i, less in ((1, "11%"), (3, "0"), (5, "12%")):
+        assert said(*argv, *enough[:i], less, *enough[i + 1 :], code=1).endswith("1 of 5 limits broken\n")
+    assert "broken  --min-trained 99%" in said(*argv, *enough, "--min-trained", "99%", code=1)
+
+
+def test_check_of_what_is_on_both_sides(said: _Said, tmp_path: Path) -> None:
+    argv = ["check", _texts(tmp_path / "a.jsonl", [f"{'the same ' * 9}{i}" for i in range(20)]), "eval.fraction=0.4"]
+    assert said(*argv).endswith("all limits kept\n")
+    cut = ["dataset.max_length=4", "dataset.on_long=truncate", "--max-truncated=100%", "--max-duplicates=100%"]
+    assert said(*argv, *cut, code=1).count("broken") == 2  # the line of it, and the last
+    assert said(*argv, *cut, "--max-overlap=100%").endswith("all limits kept\n")
+
+
+def test_a_last_token_by_itself_is_no_lost_row(said: _Said, tmp_path: Path) -> None:
+    data = _texts(tmp_path / "a.jsonl", ["one two three", "four five six"])
+    text = said("stats", data, "eval.fraction=0", "--json")
+    length = json.loads(text)["train"]["lengths"]["most"]
+    argv = ["check", data, "eval.fraction=0", f"dataset.max_length={length - 1}"]
+    split = said(*argv)
+    assert "left out: no token to learn" in split
+    assert "kept    --max-skipped 0: 0 of" in split
+
+
+def test_limits() -> None:
+    assert not limit("1%").above(1, 100)
+    assert limit("1%").above(2, 100)
+    assert not limit("5%").below(5, 100)
+    assert limit("5%").below(4, 100)
+    assert not limit("12").above(12, 1)
+    assert limit("12").above(13, 1)
+    assert limit("0%").above(1, 10**9)
+    assert not limit("0").above(0, 0)
+    assert not limit("5%").below(0, 0)
+    for text in ("", "x", "1.5", "-1", "101%", "%", "1e9"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            limit(text)
+
+
 @pytest.mark.parametrize(("argv", "words"), [
+    (["check", "--max-skipped", "some"], "some: neither a share such as 1% nor a number such as 12"),
+    (["stats", "--max-skipped", "1"], "--max-skipped: is not for `dtrain data stats`, but for `dtrain data check`"),
+    (["check", "dataset.path=nowhere.jsonl"], "nowhere.jsonl"),
     (["stats", "--png", "none/a.png"], "--png none/a.png: there is no folder none"),
     (["preview", "--json"], "--json: is not for `dtrain data preview`, but for `dtrain data stats`"),
     (["preview", "--row", "1"], "--row 1: there are rows 0 to 0"),
@@ -319,7 +384,7 @@ def test_without_torch(tmp_path: Path) -> None:
     code = f"""
 import contextlib, io, sys
 from dtrain.cli import run
-for argv in (["preview", {data!r}], ["preview", "--html", "a.html", {data!r}], ["build", {data!r}], ["stats", {data!r}],
+for argv in (["preview", {data!r}], ["preview", "--html", "a.html", {data!r}], ["build", {data!r}], ["check", {data!r}], ["stats", {data!r}],
              ["stats", "--png", "a.png", "--json", {data!r}]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         assert run(["data", *argv]) == 0, out.getvalue() + err.getvalue()
