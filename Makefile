@@ -49,9 +49,10 @@ check: lint test ## all that a change must pass
 gpu-check: install ## every strategy on this machine's GPUs in bf16: tokens/s, MFU, peak memory, losses that agree
 	env -u OMP_NUM_THREADS $(BIN)/python bench/gpu_check.py
 
-bench: install   ## speed against bare loops, and start-up; writes docs/benchmarks.md
+bench: install   ## speed against bare loops, start-up, and checkpoints; writes docs/benchmarks.md
 	$(BIN)/python bench/throughput.py
 	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/checkpoint.py
 
 clean:           ## runs and caches of this checkout
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

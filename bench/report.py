@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import statistics
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,15 @@ def cores() -> int:
 
 def load() -> float:
     return os.getloadavg()[0]
+
+
+def other_work() -> bool:
+    """Whether others use the machine: by the load average, and by what is runnable now, which our last run is not."""
+    runnable = []
+    for _ in range(10):
+        runnable.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)
+        time.sleep(0.05)
+    return load() > cores() + 0.5 or statistics.fmean(runnable) > 0.5
 
 
 def today() -> str:

@@ -23,12 +23,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import chain
 from pathlib import Path
 
 from loops import WAYS, Job
-from report import cores, load, machine, spread, table, today, versions, write_section
+from report import load, machine, other_work, spread, table, today, versions, write_section
 
 SIZE, MICRO, LENGTH, SEED = 2, 2, 512, 0
 LR, BETAS, WEIGHT_DECAY, GRAD_CLIP, WARMUP = 1e-3, (0.9, 0.95), 0.1, 1.0, 5
@@ -191,7 +190,7 @@ def measure(way: str, args: argparse.Namespace, work: Path, assets: dict, *, pro
     job = Job(way=way, out=str(out), warmup=WARMUP, steps=args.steps, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY,
               grad_clip=GRAD_CLIP, profile=profile, **fields)  # fmt: skip
     (out / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
-    busy = _other_work()
+    busy = other_work()
     _run_ranks(args.python.get(PEERS.get(way, ""), sys.executable), out)
     ranks = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(SIZE)]
     return Run(
@@ -203,15 +202,6 @@ def measure(way: str, args: argparse.Namespace, work: Path, assets: dict, *, pro
         losses=[statistics.fmean(each) for each in zip(*(rank["losses"] for rank in ranks), strict=True)],
         rows=[sorted(chain(*each)) for each in zip(*(rank["rows"] for rank in ranks), strict=True)],
     )
-
-
-def _other_work() -> bool:
-    """Whether others use the machine: by the load average, and by what is runnable now, which our last run is not."""
-    runnable = []
-    for _ in range(10):
-        runnable.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)
-        time.sleep(0.05)
-    return load() > cores() + 0.5 or statistics.fmean(runnable) > 0.5
 
 
 def _run_ranks(python: str, out: Path) -> None:
