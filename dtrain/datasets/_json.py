@@ -26,12 +26,12 @@ _WRAPPERS = {"data", "rows", "examples", "instances", "items", "records", "train
 def json_lines(file: Path, encoding: str, limit: int) -> Iterator[Row]:
     """One object on each line; blank lines are none. Raises DataError."""
     with unpacked(file) as opened:
-        lines = Lines(file, opened, encoding, limit)
+        lines, parse = Lines(file, opened, encoding, limit), _Parser()
         for text in lines:
             if lines.problem:
                 yield str(lines.number), lines.problem
             elif text := text.strip():
-                yield str(lines.number), _parse(text)
+                yield str(lines.number), parse(text)
 
 
 def json_file(file: Path, encoding: str, limit: int) -> Iterator[Row]:
@@ -47,23 +47,12 @@ def json_file(file: Path, encoding: str, limit: int) -> Iterator[Row]:
     with unpacked(file) as opened:
         lines = Lines(file, opened, encoding, limit)
         line = next((line for line in lines if line.strip()), "")
-        one_a_line = lines.problem is None and isinstance(_parse(line), dict) and any(each.strip() for each in lines)
+        one_a_line = lines.problem is None and isinstance(_Parser()(line), dict) and any(each.strip() for each in lines)
     if one_a_line:
         yield from json_lines(file, encoding, limit)
     elif first:
         with unpacked(file) as opened:
             yield from _whole(file, opened, encoding, limit)
-
-
-def _parse(text: str) -> dict[str, Any] | BadRowError:
-    keys = _Keys()
-    try:
-        row = json.loads(text, object_pairs_hook=keys)
-    except json.JSONDecodeError as error:
-        return BadRowError(f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return BadRowError(f"not JSON: {error}")
-    return keys.checked(row)
 
 
 @final
@@ -88,6 +77,27 @@ class _Keys:
         if not isinstance(row, dict):
             return BadRowError(f"{kind(row)} instead of an object: each row is to be one `{{...}}`")
         return row
+
+
+@final
+class _Parser:
+    """Text of a row to the row."""
+
+    def __init__(self) -> None:
+        self._keys = _Keys()
+        self._json = json.JSONDecoder(object_pairs_hook=self._keys)
+
+    def __call__(self, text: str) -> dict[str, Any] | BadRowError:
+        try:
+            row = self._json.decode(text)
+        except json.JSONDecodeError as error:
+            found = BadRowError(f"not JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            found = BadRowError(f"not JSON: {error}")
+        else:
+            return self._keys.checked(row)
+        self._keys.checked(None)  # forget what was found before the mistake
+        return found
 
 
 @final

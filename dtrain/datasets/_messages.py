@@ -20,9 +20,8 @@ ROLES: Mapping[str, str] = {
     **dict.fromkeys((_CALL, "tool_call"), _CALL),
 }
 """Names of roles in data, and what they are to a template; a call is what the assistant says."""
-_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _FURTHER = ("name", "tool_call_id", "reasoning_content")
-_KNOWN = {*_ROLE_KEYS, *_CONTENT_KEYS, *_FURTHER, "tool_calls", "function_call", "train", "weight"}
+_KNOWN = {"role", "from", "content", "value", *_FURTHER, "tool_calls", "function_call", "train", "weight"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,12 +48,10 @@ class Names:
         return [key for key in message if key not in {*_KNOWN, self.role, self.content}]
 
     def role_of(self, message: Mapping[str, Any]) -> Any:
-        key = self.role or next((key for key in _ROLE_KEYS if key in message), _ROLE_KEYS[0])
-        return message.get(key)
+        return message.get(self.role or ("from" if "from" in message and "role" not in message else "role"))
 
     def _content_of(self, message: Mapping[str, Any]) -> Any:
-        key = self.content or next((key for key in _CONTENT_KEYS if key in message), _CONTENT_KEYS[0])
-        return message.get(key)
+        return message.get(self.content or ("value" if "value" in message and "content" not in message else "content"))
 
     def read(self, value: Any, name: str) -> Messages:
         """The messages in a column. What the assistant says and the call that it then makes are one message. Raises
@@ -83,8 +80,10 @@ class Names:
         if role is None:
             raise BadRowError(f"message {number} has no role: it has {listed(message)}; name the key by "
                               f"dataset.columns.role")  # fmt: skip
-        role = self.known(filled(role, f"the role of message {number}"))
         content, where = self._content_of(message), f"message {number}"
+        role = self.known(filled(role, f"the role of {where}"))
+        if len(message) == 2 and type(content) is str and role != _CALL:  # as most are
+            return {"role": role, "content": string(content, f"the content of {where}")}
         if role == _CALL:
             return {"role": "assistant", "content": None, "tool_calls": _calls(content, where)}
         found: dict[str, Any] = {"role": role, "content": None}

@@ -24,14 +24,11 @@ class Reading:
 
     def example(self, source: str, row: Mapping[str, Any]) -> Example:
         """Raises BadRowError."""
-        missing = [name for part, name in self.layout.columns.items() if self._needed(part) and name not in row]
+        missing = [name for name in self.layout.needed if name not in row]
         if missing:
             raise BadRowError(f"no {listed(missing)}: the rows are read as {self.layout.form.name} "
                               f"({self.layout.text}), and this one has {listed(row)}")  # fmt: skip
         return _MAKE[self.layout.form.name](self, source, row)
-
-    def _needed(self, part: str) -> bool:
-        return any(part in group for group in self.layout.form.needs)
 
     def get(self, row: Mapping[str, Any], part: str) -> Any:
         """Null where there is no such column or value."""
@@ -74,7 +71,8 @@ class Reading:
         return with_system(self._system(row), messages)
 
     def _system(self, row: Mapping[str, Any]) -> str:
-        return optional(self.get(row, "system"), self.name("system"))
+        value = self.get(row, "system")
+        return optional(value, self.name("system")) if value else ""
 
 
 def _text(reading: Reading, source: str, row: Mapping[str, Any]) -> Example:

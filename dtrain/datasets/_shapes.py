@@ -85,6 +85,8 @@ class Layout:
     form: Form
     columns: Mapping[str, str]
     """Parts, and the columns that hold them."""
+    needed: tuple[str, ...]
+    """The columns that each row must have."""
     unused: tuple[str, ...]
 
     @property
@@ -115,7 +117,7 @@ def look(rows: Sequence[Mapping[str, Any]], shape: Shape, columns: Mapping[str, 
             return found[0]
         raise DataError(_lacking(forms[0], shape, seen, mapped))
     if len(seen) == 1 and not mapped and set(seen.values()) == {frozenset({str})}:
-        return Layout(FORMS[-1], {"text": next(iter(seen))}, ())
+        return Layout(FORMS[-1], {"text": next(iter(seen))}, tuple(seen), ())
     raise DataError(f"dataset: no known columns: the rows have {listed(seen)}; say which column is what, as in "
                     f"'dataset.columns={{question: COLUMN, answer: COLUMN}}'; parts of a row are "
                     f"{', '.join(PARTS)}")  # fmt: skip
@@ -133,8 +135,7 @@ def _seen(rows: Sequence[Mapping[str, Any]]) -> Seen:
 
 def _rows_of(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> int:
     """How many rows have all that the form needs."""
-    needed = [name for part, name in layout.columns.items() if any(part in group for group in layout.form.needs)]
-    return sum(all(row.get(name) is not None for name in needed) for row in rows)
+    return sum(all(row.get(name) is not None for name in layout.needed) for row in rows)
 
 
 def _match(form: Form, seen: Seen, mapped: Mapping[str, str]) -> Layout | None:
@@ -155,7 +156,8 @@ def _match(form: Form, seen: Seen, mapped: Mapping[str, str]) -> Layout | None:
             continue
         take(part)
     used = set(found.values())
-    return Layout(form, found, tuple(name for name in seen if name not in used))
+    needed = tuple(name for part, name in found.items() if any(part in group for group in form.needs))
+    return Layout(form, found, needed, tuple(name for name in seen if name not in used))
 
 
 def _named(names: Sequence[str], seen: Seen, taken: set[str]) -> str | None:
