@@ -77,6 +77,8 @@ class TextTokenizer:
             raise DataError(f"model.path: {path} cannot be read: {error}; fetch the file again") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # It would add special tokens, which stand in the text already, and take white space out of the tokens' offsets.
+        tokenizer.post_processor = None
         config = _read_config(folder / "tokenizer_config.json")
         special = {name: _text(config[name]) for name in _SPECIAL if config.get(name) is not None}
         return cls(tokenizer, special, _load_templates(folder, config, special, tokenizer), folder)
@@ -181,11 +183,8 @@ class TextTokenizer:
 
 def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """For each token, whether its first character lies in one of the ascending spans."""
-    targets, at, reached = [], 0, 0
-    for start, end in offsets:
-        # Some tokenizers leave the space before a word out of the word's offsets: it is the word's all the same.
-        first = min(start, reached)
-        reached = max(reached, end)
+    targets, at = [], 0
+    for first, _ in offsets:
         while at < len(spans) and spans[at][1] <= first:
             at += 1
         targets.append(at < len(spans) and spans[at][0] <= first)

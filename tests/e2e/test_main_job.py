@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dtrain.cli import run as here
+from dtrain.config.compose import group_choice
 from tests.e2e.command import SMALL, dtrain, rows, workers_of, write_chats, write_texts
 
 pytestmark = [
@@ -195,10 +196,22 @@ def test_the_same_losses_in_every_form(folder: Path, zero3, strategy: str, procs
 
 def test_conversations(folder: Path) -> None:
     done = dtrain(
-        folder, "launch", "strategy=ddp", "launcher.procs=1", "run.name=chats", "dataset.path=chats.jsonl", *SMALL
+        folder,
+        "launch",
+        "strategy=ddp",
+        "launcher.procs=1",
+        "run.name=chats",
+        "dataset.path=chats.jsonl",
+        "template=plain",
+        *SMALL,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "objective: sft" in done.stdout
+    assert "template: plain, in place of the tokenizer's own" in done.stdout
+    for place in ("model", "export"):  # what was trained with is what anybody goes on with
+        assert (folder / "runs" / "chats" / place / "chat_template.jinja").read_text() == group_choice(
+            "template", "plain"
+        )["text"]
     metrics = rows(folder / "runs" / "chats" / "metrics.jsonl")
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert all(0 < row["num_targets"] < 0.8 * row["tokens"] for row in metrics)  # what the user asks is not learned

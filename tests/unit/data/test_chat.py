@@ -59,7 +59,8 @@ def test_what_templates_use_works_as_in_transformers(tmp_path):
     expected = theirs.apply_chat_template(messages, tokenize=False)
     assert expected.endswith("True")
     template = TextTokenizer.load(folder)._templates["default"].template
-    assert template.render(messages) == expected.removesuffix("True") + "False"
+    ours = [{**message, "train": True} for message in messages]  # a word to dtrain, which no template sees
+    assert template.render(ours) == expected.removesuffix("True") + "False"
 
 
 QWEN3 = """

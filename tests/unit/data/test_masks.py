@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dtrain.config.compose import choices, group_choice
 from dtrain.config.validate import validate_spec
 from dtrain.data.template import with_template
 from dtrain.data.tokenizer import TextTokenizer
-from tests.unit.data.fakes import write_tokenizer
+from tests.unit.data.fakes import SPECIAL, WORDS, write_tokenizer
 from tests.unit.data.formats import EOS, PROMPTS, WITH_TOOLS, WRITERS
 
 NAMED = [name for name in choices()["template"] if name != "auto"]
@@ -106,6 +108,64 @@ FAST = settings(
 )
 
 
+def sentencepiece() -> Tokenizer:
+    """With a space put before a text, and before what follows a special token, as of Llama 2."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer.train_from_iterator(
+        WORDS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *bytes_], show_progress=False)
+    )
+    return tokenizer
+
+
+def composing() -> Tokenizer:
+    """That makes one character of `e` and an accent before it cuts, as of Qwen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        WORDS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    return tokenizer
+
+
+def words() -> Tokenizer:
+    """Of whole words, which leaves out the white space between them."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "cat": 2, "assistant": 3, ":": 4}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [sentencepiece, composing, words])
+@pytest.mark.parametrize("name", ["chatml", "mistral", "plain"])
+def test_the_mask_with_other_tokenizers(tmp_path: Path, name: str, make: Callable[[], Tokenizer]) -> None:
+    made = make()
+    made.add_special_tokens(SPECIAL)
+    own = write_tokenizer(tmp_path / "own", None)
+    made.save(str(own / "tokenizer.json"))
+    (own / "generation_config.json").unlink()
+    tokenizer = TextTokenizer.load(
+        with_template(own, validate_spec("template", group_choice("template", name)), tmp_path / "cache")
+    )
+
+    @settings(FAST, max_examples=50)
+    @given(conversations(with_tools=name in WITH_TOOLS))
+    def check(one: Conversation) -> None:
+        pieces = list(WRITERS[name](one.messages, one.tools))
+        whose = [piece[1] for piece in pieces for _ in piece[0]]
+        encoding = made.encode("".join(text for text, _ in pieces), add_special_tokens=False)
+        ids, targets = tokenizer.chat(one.messages, one.learned, one.tools)
+        assert ids == encoding.ids
+        first = [whose[start] for start, _ in encoding.offsets]
+        assert targets == [i > 0 and each is not None and one.learned[each] for i, each in enumerate(first)]
+
+    check()
+
+
 def test_there_is_a_second_account_of_every_template() -> None:
     assert set(NAMED) == set(WRITERS) == set(PROMPTS)
 
@@ -138,7 +198,7 @@ def test_the_text_and_the_mask_are_those_of_transformers(tmp_path: Path, name: s
     theirs, ours = PreTrainedTokenizerFast.from_pretrained(folder), TextTokenizer.load(folder)
     template = ours._templates["default"].template
 
-    @FAST
+    @settings(FAST, max_examples=60)
     @given(conversations(with_tools=name in WITH_TOOLS))
     def check(one: Conversation) -> None:
         plain = "".join(text for text, _ in WRITERS[name](one.messages, one.tools))
