@@ -58,6 +58,45 @@ class Command:
     """What is added to the environment of the parent."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Gathering:
+    """How the machines of a run find each other."""
+
+    leads: bool | None = None
+    """Whether this one leads; None: whichever is first."""
+    host: str | None = None
+    """What the others reach the one that leads by; found out where it is not given."""
+    port: int | None = None
+    timeout_s: float = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """Where the launchers of several machines meet, and how this one is reached."""
+
+    host: str
+    port: int
+    id: str
+    is_host: bool
+    local: str
+    interface: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a scheduler is given instead of the processes being started here."""
+
+    script: str
+    submit: Sequence[str]
+    """The command that hands it over, but for the script's path; it prints the job's number first."""
+    follow: Callable[[str], Mapping[str, Sequence[str]]]
+    """Of the job's number: commands to type next, by what they are for."""
+    prepare: bool
+    """Data and model are prepared before it is handed over."""
+    now: bool
+    """There is an allocation already: the script is run rather than handed over."""
+
+
 class AbstractSpec(ABC):  # noqa: B024 - what is abstract differs by group
     group: ClassVar[str] = ""
     elsewhere: ClassVar[Mapping[str, str]] = {}
@@ -217,8 +256,29 @@ class LauncherSpec(AbstractSpec):
         """Nodes and processes per node. `machine` is where the command is typed. Raises PlanError."""
 
     @abstractmethod
-    def command(self, run_dir: Path, worker: Sequence[str], topology: Topology) -> Command:
-        """The process that starts `python -m dtrain <worker>` on every rank."""
+    def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
+                meeting: Meeting | None = None) -> Command:  # fmt: skip
+        """The process that starts `python -m dtrain <worker>` on every rank of this machine; `meeting` is given where
+        there are others.
+        """
+
+    def machine(self, here: Machine) -> Machine:
+        """The machines that it starts ranks on, as far as this one can tell."""
+        return here
+
+    def gathering(self) -> Gathering:
+        """How the machines find each other, where there are several."""
+        return Gathering()
+
+    def restarts(self) -> int:
+        """How often a job whose run failed is to be queued again."""
+        return 0
+
+    def job(self, run_dir: Path, launch: Sequence[str]) -> Job | None:
+        """What to hand to a scheduler, which is to type `python -m dtrain <launch>` on each machine; None where the
+        processes are started here and now. Raises ConfigError.
+        """
+        return None
 
 
 class TrackerSpec(AbstractSpec):

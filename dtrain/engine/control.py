@@ -10,34 +10,47 @@ from types import FrameType
 from typing import final
 
 LOOK_S = 1.0
-"""How often the trigger file is looked for."""
+"""How often the trigger files are looked for."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME_LIMIT = 1000
+STOP_FILE = 1001
 """Beyond the numbers of signals."""
 SPARE_S = 5.0
+_WORDS = {TIME_LIMIT: "the time limit is near", STOP_FILE: "the file STOP"}
+BY_SCHEDULER = (*_WORDS.values(), signal.SIGUSR1.name)
+"""Reasons that come from a job's time being over rather than from a person who wants an end."""
 
 
 @final
 class Control:
     """Of one rank. Any rank may be signalled; the file and the clock are rank 0's to look at."""
 
-    def __init__(self, *, trigger: Path | None = None, every_minutes: float | None = None,
-                 time_left_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        """`trigger`: a file that asks for a save, and is removed. Give it, and the times, on rank 0 alone."""
-        self._clock, self._trigger = clock, trigger
+    def __init__(self, *, trigger: Path | None = None, stop_trigger: Path | None = None,
+                 every_minutes: float | None = None, time_left_s: float | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+        """`trigger`, `stop_trigger`: files that ask for a save or a stop, and are removed. Give them, and the times, on
+        rank 0 alone.
+        """
+        self._clock, self._trigger, self._stop_trigger = clock, trigger, stop_trigger
         self._every_s = None if every_minutes is None else 60 * every_minutes
         self._deadline = None if time_left_s is None else clock() + time_left_s
         self._signal = 0
-        self._looked_at = self._saved_at = clock()
+        self._looked_at = self._looked_for_stop_at = self._saved_at = clock()
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signum
 
     def stop(self, *, step_s: float, save_s: float) -> int:
-        """Why to stop now: a signal's number, TIME_LIMIT, or 0. `step_s`, `save_s`: what a step and a save take."""
+        """Why to stop now: a signal's number, TIME_LIMIT, STOP_FILE, or 0. `step_s`, `save_s`: what each takes."""
         if self._signal:
             return int(self._signal)
-        if self._deadline is not None and self._deadline - self._clock() < 2 * (step_s + save_s) + SPARE_S:
+        now = self._clock()
+        if now - self._looked_for_stop_at >= LOOK_S:
+            self._looked_for_stop_at = now
+            if _take(self._stop_trigger):
+                self._signal = STOP_FILE
+                return STOP_FILE
+        if self._deadline is not None and self._deadline - now < 2 * (step_s + save_s) + SPARE_S:
             return TIME_LIMIT
         return 0
 
@@ -45,11 +58,9 @@ class Control:
         """Whether a save is due by the clock or was asked for; tells it once."""
         now = self._clock()
         due = self._every_s is not None and now - self._saved_at >= self._every_s
-        if self._trigger is not None and now - self._looked_at >= LOOK_S:
+        if now - self._looked_at >= LOOK_S:
             self._looked_at = now
-            if self._trigger.exists():
-                self._trigger.unlink(missing_ok=True)
-                due = True
+            due = _take(self._trigger) or due
         if due:
             self._saved_at = now
         return due
@@ -59,6 +70,14 @@ class Control:
         self._saved_at = self._clock()
 
 
+def _take(trigger: Path | None) -> bool:
+    """Whether the file is there; then it is removed."""
+    if trigger is None or not trigger.exists():
+        return False
+    trigger.unlink(missing_ok=True)
+    return True
+
+
 def why(code: int) -> str:
     """The reason that `Control.stop` gave, in words."""
-    return "the time limit is near" if code == TIME_LIMIT else signal.Signals(code).name
+    return _WORDS[code] if code in _WORDS else signal.Signals(code).name

@@ -129,7 +129,7 @@ def _end(run: RunDir, attempt: int, result: Result, trackers: FanOut, comm: Abst
         if kind == "done":
             run.update_manifest(result={"first_loss": state.first_loss, "last_loss": state.last_loss,
                                         "eval_loss": state.eval_loss, "steps": state.step})  # fmt: skip
-        run.write_outcome(kind, attempt, step=state.step, message=message)
+        run.write_outcome(kind, attempt, step=state.step, message=message, reason=result.stopped or "")
     comm.barrier()
 
 
@@ -210,7 +210,8 @@ def _control(run: RunDir, config: Config, comm: AbstractComm, told: list[int]) -
     if comm.rank == 0:
         deadline = os.environ.get("DTRAIN_DEADLINE")
         left = None if deadline is None else float(deadline) - time.time()
-        control = Control(trigger=run.save_trigger, every_minutes=config.checkpoint.every_minutes, time_left_s=left)
+        control = Control(trigger=run.save_trigger, stop_trigger=run.stop_trigger,
+                          every_minutes=config.checkpoint.every_minutes, time_left_s=left)  # fmt: skip
     else:
         control = Control()
     for signum in SIGNALS:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from dtrain.runs.process import MARK
 
+NODE = "DTRAIN_NODE"
+"""A random name, where a run is on several machines: tells the processes of one launcher from another's."""
+
 if TYPE_CHECKING:
     import psutil
 
@@ -32,14 +35,20 @@ def workers(agent: int) -> dict[int, psutil.Process]:
     return found
 
 
-def marked(run_dir: Path) -> list[psutil.Process]:
-    """Every live process of the run on this machine, in whatever session: its folder is in their environment."""
+def marked(run_dir: Path, node: str | None = None) -> list[psutil.Process]:
+    """Every live process of the run on this machine, in whatever session: its folder is in their environment.
+
+    With `node`, only those of that launcher.
+    """
     import psutil
 
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == str(run_dir):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            env = process.environ()
+            if env.get(MARK) == str(run_dir) and node in (None, env.get(NODE)):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -59,12 +68,12 @@ def end(processes: Iterable[psutil.Process], *, patience_s: float) -> None:
     psutil.wait_procs(left, timeout=2)
 
 
-def sweep(run_dir: Path, *, patience_s: float) -> int:
-    """End what is left of the run; returns how many processes had to be waited for or killed."""
-    left = marked(run_dir)
+def sweep(run_dir: Path, *, patience_s: float, node: str | None = None) -> int:
+    """End what is left of the run here, or of one launcher of it; returns how many processes that took."""
+    left = marked(run_dir, node)
     count = len(left)
     deadline = time.monotonic() + 5
     while left and time.monotonic() < deadline:
         end(left, patience_s=patience_s)
-        left, patience_s = marked(run_dir), 0
+        left, patience_s = marked(run_dir, node), 0
     return count

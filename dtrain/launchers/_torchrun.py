@@ -39,14 +39,14 @@ def is_closing(log: Path) -> bool:
     return _CLOSING.search(text) is not None and _TOLD_TO_STOP.search(text) is None
 
 
-def first_exits(log: Path) -> list[Exit]:
-    """The ranks that had ended badly before torchrun began to end the others."""
+def first_exits(log: Path, first_rank: int = 0) -> list[Exit]:
+    """The ranks that had ended badly before torchrun began to end the others; `first_rank`: the first one here."""
     text = _read(log)
     closed = {int(pid) for pid in _CLOSING.findall(text)}
     exits = [Exit(rank=int(rank), local_rank=int(local), code=int(code), pid=int(pid))
              for rank, local, code, pid in _FAILED.findall(text)]  # fmt: skip
     if not exits:
-        exits = [Exit(rank=int(local), local_rank=int(local), code=int(code), pid=int(pid))
+        exits = [Exit(rank=first_rank + int(local), local_rank=int(local), code=int(code), pid=int(pid))
                  for code, local, pid in _FAILED_EARLY.findall(text)]  # fmt: skip
     return [exit_ for exit_ in exits if exit_.pid not in closed]
 

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 from dtrain.config.spec import Command
 from dtrain.launchers import _torchrun
-from dtrain.launchers._processes import sweep, workers
-from dtrain.launchers.verdict import judge
+from dtrain.launchers._processes import NODE, sweep, workers
+from dtrain.launchers.verdict import NodeEnd, judge_all
 from dtrain.runs import Outcome, RunDir, die_with_parent
 from dtrain.runs.lock import BEAT_S
 from dtrain.runs.process import MARK
@@ -28,27 +29,78 @@ REPORT_S = 2.0
 """After that, what torchrun gets to say who was killed."""
 SAME_PRESS_S = 0.4
 """Two equal signals within this are one: a terminal and a wrapper may both pass on a single Ctrl-C."""
+TEAM_S = 1.0
+"""How often the run's folder is looked at for what other machines say."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
+class AbstractTeam(Protocol):
+    """Other machines of the run, seen from this one."""
+
+    @property
+    def node(self) -> int: ...
+
+    @property
+    def token(self) -> str:
+        """A random name of this launcher."""
+
+    def beat(self) -> None:
+        """Show the others that this one lives."""
+
+    def trouble(self) -> str | None:
+        """Why this machine's ranks are to be ended; None where all is well."""
+
+
+class AbstractLeader(AbstractTeam, Protocol):
+    def reports(self, *, failed: bool) -> list[NodeEnd]:
+        """How the ranks of the others ended."""
+
+
 def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[str], None] | None = None,
-              limit_s: float | None = None) -> Outcome:  # fmt: skip
-    """Run the command to its end and say how it ended; writes that to the run folder too.
+              limit_s: float | None = None, team: AbstractLeader | None = None) -> Outcome:  # fmt: skip
+    """Run the command to its end and say how it ended, here and on the other machines of `team`; writes that to the
+    run folder too.
 
     Its stdout is ours, its stderr goes to launcher.log. The first SIGINT, SIGTERM or SIGUSR1 is passed on to the ranks,
     a second SIGINT or SIGTERM ends them at once. When one rank fails, the others are ended within seconds. Nothing that
     was started is alive on return. To be called in the main thread.
     """
-    if limit_s is not None:  # `limit_s` from now, the ranks are to have saved and ended by themselves
-        command = Command(command.argv, {**command.env, "DTRAIN_DEADLINE": f"{time.time() + limit_s:.0f}"})
-    job = _Job(command, run, attempt, note or _to_stderr)
+    command = _timed(command, deadline_of(limit_s))
+    job = _see_through(_Job(command, run, attempt, note or _to_stderr, team))
+    others = [] if team is None else team.reports(failed=bool(job.returncode))
+    return judge_all(run, attempt, [job.end(), *others], trouble=job.trouble)
+
+
+def serve(command: Command, run: RunDir, attempt: int, team: AbstractTeam, *,
+          deadline: float | None = None) -> NodeEnd:  # fmt: skip
+    """The same on a machine that follows: it leaves the verdict to the one that leads."""
+    return _see_through(_Job(_timed(command, deadline), run, attempt, _to_stderr, team)).end()
+
+
+def deadline_of(limit_s: float | None) -> float | None:
+    """By the clock, when the ranks are to have saved and ended: `limit_s` from now, or earlier where a batch script
+    says when its job is over.
+    """
+    ends = [float(os.environ["DTRAIN_DEADLINE"])] if os.environ.get("DTRAIN_DEADLINE") else []
+    ends += [] if limit_s is None else [time.time() + limit_s]
+    return min(ends, default=None)
+
+
+def _timed(command: Command, deadline: float | None) -> Command:
+    """With the time by which rank 0, wherever it is, keeps the run."""
+    if deadline is None:
+        return command
+    return Command(command.argv, {**command.env, "DTRAIN_DEADLINE": f"{deadline:.0f}"})
+
+
+def _see_through(job: _Job) -> _Job:
     with _caught(job.on_signal):
         try:
             job.start()
             job.wait()
         finally:
             job.clean_up()
-    return judge(run, attempt, returncode=job.returncode, told=job.told, forced=job.forced, ended=job.ended)
+    return job
 
 
 def end_left(run: RunDir) -> int:
@@ -80,8 +132,14 @@ def _caught(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 class _Job:
     """One started command."""
 
-    def __init__(self, command: Command, run: RunDir, attempt: int, note: Callable[[str], None]) -> None:
-        self.command, self.run, self.attempt, self.note = command, run, attempt, note
+    def __init__(self, command: Command, run: RunDir, attempt: int, note: Callable[[str], None],
+                 team: AbstractTeam | None) -> None:  # fmt: skip
+        self.command, self.run, self.attempt, self.note, self.team = command, run, attempt, note, team
+        self.log = run.launcher_log(attempt, team.node if team else 0)
+        self.trouble: str | None = None
+        """What another machine has met, for which this one's ranks were ended."""
+        self.first_rank = 0
+        """Of this machine."""
         self.process: subprocess.Popen[bytes] | None = None
         self.told: int | None = None
         """The first signal that asked for a stop."""
@@ -91,7 +149,8 @@ class _Job:
         self._told_at = 0.0
         self._passed_to: set[int] = set()
         self._failed_at: float | None = None
-        self._beat_at = time.monotonic()
+        self._beat_at = self._team_at = time.monotonic()
+        self._first_known = team is None
 
     @property
     def returncode(self) -> int | None:
@@ -118,9 +177,10 @@ class _Job:
 
     def start(self) -> None:
         env = {**os.environ, **self.command.env, MARK: str(self.run.path), "DTRAIN_ATTEMPT": str(self.attempt)}
-        log = self.run.launcher_log(self.attempt)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as stderr:
+        if self.team is not None:
+            env[NODE] = self.team.token
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 list(self.command.argv),
                 env=env,
@@ -148,11 +208,14 @@ class _Job:
         if self.told is not None:
             self._pass_on(self.told)
         now = time.monotonic()
-        if now - self._beat_at > BEAT_S:
+        if self.team is not None and now - self._team_at > TEAM_S:
+            self._team_at = now
+            self._look_at_team(self.team, self.process.pid)
+        elif self.team is None and now - self._beat_at > BEAT_S:
             self._beat_at = now
             self.run.beat()
         if self._failed_at is None:
-            failed = self.run.failures(self.attempt) or _torchrun.is_closing(self.run.launcher_log(self.attempt))
+            failed = self.run.failures(self.attempt) or _torchrun.is_closing(self.log) or self.trouble
             self._failed_at = now if failed else None
         elif now - self._failed_at > self._patience_s + REPORT_S:
             self.process.kill()
@@ -160,6 +223,12 @@ class _Job:
             for rank in workers(self.process.pid).values():
                 self.ended.add(rank.pid)
                 rank.kill()
+
+    def _look_at_team(self, team: AbstractTeam, agent: int) -> None:
+        team.beat()
+        self.trouble = self.trouble or team.trouble()
+        if not self._first_known and (ranks := workers(agent)):
+            self.first_rank, self._first_known = min(ranks), True
 
     def _pass_on(self, signum: int) -> None:
         """To the ranks rather than to torchrun, which would give them little time; also to ranks that come later."""
@@ -177,12 +246,17 @@ class _Job:
             except ProcessLookupError:
                 continue
 
+    def end(self) -> NodeEnd:
+        return NodeEnd.of(self.log, self.returncode, told=self.told, forced=self.forced, ended=self.ended,
+                          first_rank=self.first_rank)  # fmt: skip
+
     def clean_up(self) -> None:
         """Leave no process and no hidden cursor behind."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        sweep(self.run.path, patience_s=0.2 if self.forced or self.returncode else 2.0)
+        sweep(self.run.path, patience_s=0.2 if self.forced or self.returncode else 2.0,
+              node=self.team.token if self.team else None)  # fmt: skip
         if sys.stdout.isatty():
             sys.stdout.write(SHOW_CURSOR)
             sys.stdout.flush()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import signal
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dtrain.launchers._torchrun import Exit, first_exits
 from dtrain.runs import Failure, Outcome, RunDir, first_failure
@@ -22,20 +24,58 @@ _WHY = {
 }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeEnd:
+    """How the ranks of one machine ended, as the launcher there saw it."""
+
+    host: str
+    returncode: int | None
+    told: int | None = None
+    """The signal that asked for a stop."""
+    forced: bool = False
+    """By a second one, at once."""
+    exits: tuple[Exit, ...] = ()
+    """Of ranks that a signal ended, but for those that the launcher itself killed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> NodeEnd:
+        return cls(**{**fields, "exits": tuple(Exit(**one) for one in fields["exits"])})
+
+    @classmethod
+    def of(cls, log: Path, returncode: int | None, *, told: int | None = None, forced: bool = False,
+           ended: Collection[int] = (), first_rank: int = 0) -> NodeEnd:  # fmt: skip
+        """From torchrun's log; `ended`: pids of ranks that this launcher killed for another's failure."""
+        exits = [exit_ for exit_ in first_exits(log, first_rank) if exit_.code < 0 and exit_.pid not in ended]
+        return cls(socket.gethostname(), returncode, told, forced, tuple(exits))
+
+
 def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None = None, forced: bool = False,
           ended: Collection[int] = ()) -> Outcome:  # fmt: skip
-    """Decide how the attempt ended, and write it unless rank 0 has.
+    """Decide how an attempt on one machine ended, and write it unless rank 0 has.
 
     `told`: the signal that asked for a stop; `ended`: pids of ranks that the launcher killed for another's failure.
     """
+    log = run.launcher_log(attempt)
+    return judge_all(run, attempt, [NodeEnd.of(log, returncode, told=told, forced=forced, ended=ended)])
+
+
+def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: str | None = None) -> Outcome:
+    """The same from how it ended on each machine, this one first; `trouble`: what became of one that says nothing."""
+    returncode = ends[0].returncode
+    if len(ends) == 1:
+        ends = [_alone(ends[0], run, attempt)]
+    told = next((end.told for end in ends if end.told is not None), None)
+    forced = any(end.forced for end in ends)
     failures = run.failures(attempt)
     if told is not None:
         failures = [failure for failure in failures if failure.type not in ("KeyboardInterrupt", "SystemExit")]
     asked = {signal.SIGTERM, told}
-    exits = [
-        exit_ for exit_ in _killed(run, attempt, returncode) if -exit_.code not in asked and exit_.pid not in ended
-    ]
-    first = _first(run, attempt, failures, exits)
+    killed = [_as_failure(run, attempt, exit_, end.host) for end in ends for exit_ in end.exits
+              if -exit_.code not in asked]  # fmt: skip
+    first = _first(failures, killed)
     recorded = run.read_outcome(attempt)
     if recorded is not None and recorded.state != "failed" and (first is None or first.secondary):
         return recorded
@@ -43,23 +83,27 @@ def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None
         message = "ended at once by a second signal"
         return run.write_outcome("interrupted", attempt, message=message)
     if told is not None and (first is None or first.secondary):
-        message = f"{signal.Signals(told).name} stopped it before a save; what was saved before counts"
-        return run.write_outcome("stopped", attempt, message=message)
+        name = signal.Signals(told).name
+        message = f"{name} stopped it before a save; what was saved before counts"
+        return run.write_outcome("stopped", attempt, message=message, reason=name)
+    if trouble is not None and (first is None or first.secondary):
+        return run.write_outcome("launcher", attempt, message=trouble)
     if first is not None:
         return run.write_outcome(first.kind, attempt, step=first.step, message=first.message, failure=first)
     return run.write_outcome("launcher", attempt, message=_launcher_message(run, attempt, returncode))
 
 
-def _killed(run: RunDir, attempt: int, returncode: int | None) -> list[Exit]:
-    exits = first_exits(run.launcher_log(attempt))
-    if not exits and returncode is not None and run.log(attempt, 0).exists() and not run.log(attempt, 1).exists():
-        exits = [Exit(rank=0, local_rank=0, code=returncode, pid=-1)]  # started without torchrun
-    return [exit_ for exit_ in exits if exit_.code < 0]
+def _alone(end: NodeEnd, run: RunDir, attempt: int) -> NodeEnd:
+    """The same of a single rank, which was started without torchrun."""
+    code = end.returncode
+    if end.exits or code is None or code >= 0 or not run.log(attempt, 0).exists() or run.log(attempt, 1).exists():
+        return end
+    return dataclasses.replace(end, exits=(Exit(rank=0, local_rank=0, code=code, pid=-1),))
 
 
-def _first(run: RunDir, attempt: int, failures: list[Failure], exits: list[Exit]) -> Failure | None:
+def _first(failures: Sequence[Failure], killed: Iterable[Failure]) -> Failure | None:
     """The cause among files and signals. A kill is never an echo; an abort may be one, of a rank that failed before."""
-    killed = [_as_failure(run, attempt, exit_) for exit_ in exits]
+    killed = list(killed)
     own = [failure for failure in failures if not failure.secondary]
     order = [
         *(failure for failure in own if failure.kind != "worker"),
@@ -70,11 +114,11 @@ def _first(run: RunDir, attempt: int, failures: list[Failure], exits: list[Exit]
     return order[0] if order else first_failure(failures)
 
 
-def _as_failure(run: RunDir, attempt: int, exit_: Exit) -> Failure:
+def _as_failure(run: RunDir, attempt: int, exit_: Exit, host: str) -> Failure:
     name = exit_.signal_name or ""
     why = _WHY.get(name, "")
     log = run.log(attempt, exit_.rank).relative_to(run.path).as_posix()
-    return Failure(rank=exit_.rank, host=socket.gethostname(), local_rank=exit_.local_rank, phase="", step=None,
+    return Failure(rank=exit_.rank, host=host, local_rank=exit_.local_rank, phase="", step=None,
                    kind="worker", type=name, message=f"killed by {name}" + (f" ({why})" if why else ""), traceback="",
                    time_ns=time.time_ns(), log=log)  # fmt: skip
 

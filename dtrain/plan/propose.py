@@ -45,7 +45,7 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     config, name = configure(overrides, config_dir)
     config = dataclasses.replace(config, template=config.template.settled())
     strategies, left_out = _strategies(config_dir, config.plugins)
-    machine = look()
+    machine = config.launcher.machine(look())
     if elsewhere and config.device == "cuda" and not machine.gpus:
         machine = dataclasses.replace(machine, gpus=1024)
     topology = config.launcher.topology(settle_device(config, machine), machine)

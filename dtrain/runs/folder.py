@@ -39,6 +39,12 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.save_trigger = self.path / "SAVE"
         """Made by whoever wants a save now; the run removes it."""
+        self.stop_trigger = self.path / "STOP"
+        """Made by whoever wants it to save and stop, such as a batch script; the run removes it."""
+        self.requeue = self.path / "REQUEUE"
+        """Made for a batch script: the job is to be queued again. Holds the name of the job's start that is meant."""
+        self.nodes = self.path / ".nodes"
+        """Where the machines of a run find each other."""
         self.model = self.path / "model"
         """Config and tokenizer of the model, for exports."""
 
@@ -55,8 +61,8 @@ class RunDir:
     def log(self, attempt: int, rank: int) -> Path:
         return self.attempt_dir(attempt) / f"rank-{rank}.log"
 
-    def launcher_log(self, attempt: int) -> Path:
-        return self.attempt_dir(attempt) / "launcher.log"
+    def launcher_log(self, attempt: int, node: int = 0) -> Path:
+        return self.attempt_dir(attempt) / (f"launcher-{node}.log" if node else "launcher.log")
 
     def lock(self, note: Callable[[str], None] = lambda line: None) -> AbstractContextManager[_lock.Holder]:
         """Make the folder and be its only writer. Raises RunError; `note` hears of a lock that a dead process left."""
@@ -125,10 +131,11 @@ class RunDir:
     def first_failure(self, attempt: int) -> Failure | None:
         return first_failure(self.failures(attempt))
 
-    def write_outcome(self, kind: str, attempt: int, *, step: int | None = None, message: str = "",
+    def write_outcome(self, kind: str, attempt: int, *, step: int | None = None, message: str = "", reason: str = "",
                       failure: Failure | None = None) -> Outcome:  # fmt: skip
         """Say how the attempt ended: `done` and `stopped` by rank 0, anything else by the launcher."""
-        outcome = Outcome(kind=kind, attempt=attempt, step=step, message=message, time=utc(), failure=failure)
+        outcome = Outcome(kind=kind, attempt=attempt, step=step, message=message, reason=reason, time=utc(),
+                          failure=failure)  # fmt: skip
         write_json(self.outcome, scrub(outcome.as_dict()))
         return outcome
 

@@ -21,6 +21,8 @@ class Outcome:
     step: int | None = None
     """The last step that counts; None where it is not known."""
     message: str = ""
+    reason: str = ""
+    """What stopped it: the name of a signal, or as `engine/control.py` words it."""
     time: str = ""
     failure: Failure | None = None
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from dtrain.checkpoint.resume import Start
     from dtrain.config.schema import Config
     from dtrain.data.prepare import Prepared
+    from dtrain.launchers.muster import Leader
     from dtrain.plan.propose import Proposal
-    from dtrain.runs import RunDir
+    from dtrain.runs import Outcome, RunDir
 
 
 STOPPED = 75
@@ -74,51 +75,111 @@ def _launch_all(combinations: list[list[str]], args: argparse.Namespace) -> int:
 
 
 def _launch(overrides: list[str], args: argparse.Namespace) -> int:
-    """One run, from what was typed to its exit code."""
-    from dtrain.checkpoint.identity import identity
-    from dtrain.checkpoint.resume import choose
-    from dtrain.config.schema import seconds
-    from dtrain.data.prepare import prepare
-    from dtrain.data.tokenizer import tokenizer_digest
-    from dtrain.launchers.supervise import supervise
-    from dtrain.launchers.verdict import explain
+    """One run, from what was typed to its exit code; or to the job that will do that."""
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
-    from dtrain.plan.settle import settle
-    from dtrain.runs import RunDir, check
+    from dtrain.runs import RunDir
+    from dtrain.verbs import _nodes, _submit
 
     proposal = propose(overrides, args.config_dir)
     config, plan = proposal.config, proposal.plan
     run = RunDir(Path(config.run.dir) / config.run.name)
-    worker = ["worker", "--run-dir", str(run.path), *(f"--plugin={name}" for name in proposal.plugins)]
+    where = [] if args.config_dir is None else ["--config-dir", str(args.config_dir.absolute())]
+    job = config.launcher.job(run.path, ["launch", *where, *overrides])
+    if plan.topology.nodes > 1 and job is None and not args.dry_run:
+        return _nodes.launch(run, proposal)
     print(describe(config, plan), flush=True)
+    if job is not None:
+        return _submit.show(job) if args.dry_run else _submit.submit(job, run, proposal)
     if args.dry_run:
-        command = config.launcher.command(run.path, worker, plan.topology)
-        print("command    " + " ".join([*(f"{k}={shlex.quote(v)}" for k, v in command.env.items()),
-                                        shlex.join(command.argv)]))  # fmt: skip
-        return 0
+        return _show_command(run, proposal)
+    check_folder(run)
+    ready = prepare_all(proposal)
+    with run.lock(note=say):
+        outcome = train(run, proposal, ready)
+    return tell(outcome, run)
+
+
+def _show_command(run: RunDir, proposal: Proposal) -> int:
+    from dtrain.config.spec import Meeting
+
+    topology = proposal.plan.topology
+    meeting = None if topology.nodes == 1 else Meeting("HOST", 0, "ID", is_host=True, local="ADDRESS", interface=None)
+    command = proposal.config.launcher.command(run.path, worker(run, proposal), topology, meeting)
+    print("command    " + " ".join([*(f"{k}={shlex.quote(v)}" for k, v in command.env.items()),
+                                    shlex.join(command.argv)]))  # fmt: skip
+    return 0
+
+
+def worker(run: RunDir, proposal: Proposal) -> list[str]:
+    """What every rank is started with."""
+    return ["worker", "--run-dir", str(run.path), *(f"--plugin={name}" for name in proposal.plugins)]
+
+
+def check_folder(run: RunDir) -> None:
+    from dtrain.runs import check
+
     check(run.path)
     check(run.checkpoints)  # it may be a link to another disk
+
+
+def prepare_all(proposal: Proposal) -> Prepared:
+    """Fetch, make or find what the ranks read."""
+    from dtrain.data.prepare import prepare
+
+    config = proposal.config
     cache = Path(config.run.cache) if config.run.cache else Path(config.run.dir) / ".cache"
     prepared = prepare(config.dataset, config.objective, config.model, config.template, seed=config.run.seed,
-                       eval_fraction=config.eval.fraction, cache=cache.absolute(), say=_say)  # fmt: skip
+                       eval_fraction=config.eval.fraction, cache=cache.absolute(), say=say)  # fmt: skip
     for line in prepared.lines():
-        _say(line)
-    _say(f"objective: {type(prepared.objective).__name__.lower()}")
+        say(line)
+    say(f"objective: {type(prepared.objective).__name__.lower()}")
+    return prepared
+
+
+def train(run: RunDir, proposal: Proposal, prepared: Prepared, leader: Leader | None = None) -> Outcome:
+    """Settle, go on from where there is something, start every rank and see them through. To be called by the
+    holder of the run's lock.
+
+    With `leader`, other machines start theirs too.
+    """
+    from dtrain.checkpoint.identity import identity
+    from dtrain.checkpoint.resume import choose
+    from dtrain.config.schema import seconds
+    from dtrain.data.tokenizer import tokenizer_digest
+    from dtrain.launchers.supervise import deadline_of, supervise
+    from dtrain.plan.settle import settle
+    from dtrain.verbs import _requeue
+
+    config, plan = proposal.config, proposal.plan
     settled = settle(config, plan, proposal.strategies, prepared.objective, prepared.num_rows)
     _warn_of_room(run, settled, plan.checkpoint_bytes)
     said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets)
-    with run.lock(note=_say):
-        _clean(run)
-        start = choose(run, settled, said, _say)
-        _refuse_done(run, settled, start)
-        attempt = run.new_attempt()
-        _record(run, attempt, settled, proposal, prepared, said, start)
-        command = settled.launcher.command(run.path, worker, plan.topology)
-        limit = settled.run.time_limit
-        outcome = supervise(command, run, attempt, limit_s=None if limit is None else seconds(limit))
-        run.add_attempt(attempt, ended=outcome.kind)
-        run.event("ended", attempt=attempt, outcome=outcome.kind)
+    clean(run)
+    start = choose(run, settled, said, say)
+    _refuse_done(run, settled, start)
+    if leader is not None:
+        leader.wait()
+    attempt = run.new_attempt()
+    _record(run, attempt, settled, proposal, prepared, said, start)
+    limit = settled.run.time_limit
+    limit_s = None if limit is None else seconds(limit)
+    meeting = leader.meet(attempt, deadline_of(limit_s)) if leader else None
+    command = settled.launcher.command(run.path, worker(run, proposal), plan.topology, meeting)
+    if leader is None:
+        outcome = supervise(command, run, attempt, limit_s=limit_s)
+    else:
+        outcome = supervise(command, run, attempt, limit_s=limit_s, team=leader)
+    run.add_attempt(attempt, ended=outcome.kind)
+    run.event("ended", attempt=attempt, outcome=outcome.kind)
+    _requeue.decide(run, outcome, settled.launcher.restarts(), say)
+    return outcome
+
+
+def tell(outcome: Outcome, run: RunDir) -> int:
+    """Say how it ended; returns the exit code."""
+    from dtrain.launchers.verdict import explain
+
     text = explain(outcome, run)
     print(text, file=sys.stdout if outcome.exit_code == 0 else sys.stderr, flush=True)
     if outcome.exit_code == 0:
@@ -126,15 +187,17 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _clean(run: RunDir) -> None:
+def clean(run: RunDir) -> None:
     """End and remove what a launch that was killed has left."""
     from dtrain.folders import remove_leftovers
     from dtrain.launchers.supervise import end_left
+    from dtrain.verbs import _requeue
 
+    _requeue.forget(run)
     if left := end_left(run):
-        _say(f"ended {left} processes of this run, which a killed launch had left")
+        say(f"ended {left} processes of this run, which a killed launch had left")
     for path in [*remove_leftovers(run.checkpoints, mine=True), *remove_leftovers(run.path, mine=True)]:
-        _say(f"removed {path}, which a killed save left")
+        say(f"removed {path}, which a killed save left")
 
 
 def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prepared: Prepared,
@@ -181,7 +244,7 @@ def _warn_of_room(run: RunDir, settled: Config, checkpoint_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     need = (settled.checkpoint.keep_last + 1) * checkpoint_bytes
     if free < need:
-        _say(f"warning: {free / 1e9:,.2f} GB are free in {there}, and checkpoints take up to "
+        say(f"warning: {free / 1e9:,.2f} GB are free in {there}, and checkpoints take up to "
              f"{need / 1e9:,.2f} GB (checkpoint.keep_last={settled.checkpoint.keep_last}, and the next): a save that "
              f"finds no room fails")  # fmt: skip
 
@@ -232,5 +295,5 @@ def _names(combinations: list[list[str]], config_dir: Path | None) -> list[str]:
     return full
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, flush=True)

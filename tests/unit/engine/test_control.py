@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.engine.control import SPARE_S, TIME_LIMIT, Control, why
+from dtrain.engine.control import LOOK_S, SPARE_S, STOP_FILE, TIME_LIMIT, Control, why
 
 
 class _Clock:
@@ -79,6 +79,18 @@ def test_the_trigger_is_seen_within_a_second_and_removed(tmp_path: Path, clock: 
     trigger.touch()
     clock.now += 1
     assert control.save()
+
+
+def test_the_stop_trigger_is_seen_within_a_second_and_removed(tmp_path: Path, clock: _Clock) -> None:
+    trigger = tmp_path / "STOP"
+    control = Control(stop_trigger=trigger, clock=clock)
+    trigger.write_text("7.0\n")
+    assert control.stop(step_s=1, save_s=1) == 0
+    clock.now += LOOK_S
+    assert why(control.stop(step_s=1, save_s=1)) == "the file STOP"
+    assert not trigger.exists()
+    assert control.stop(step_s=1, save_s=1) == STOP_FILE
+    assert not control.save()
 
 
 def test_a_save_by_trigger_starts_the_minutes_anew(tmp_path: Path, clock: _Clock) -> None:

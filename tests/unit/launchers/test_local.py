@@ -8,7 +8,8 @@ import pytest
 
 from dtrain.config.spec import Command
 from dtrain.errors import PlanError
-from dtrain.launchers.local import Local, usable_cores
+from dtrain.launchers._here import usable_cores
+from dtrain.launchers.local import Local
 from dtrain.plan.machine import Machine
 from dtrain.plan.world import Topology, World
 

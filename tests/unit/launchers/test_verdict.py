@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.launchers._torchrun import first_exits, is_closing
-from dtrain.launchers.verdict import explain, judge
+from dtrain.launchers.verdict import NodeEnd, explain, judge, judge_all
 from dtrain.runs import RunDir, record_failure
 
 # As torchrun 2.13 writes it, shortened.
@@ -111,3 +111,27 @@ def test_a_long_traceback_is_cut_and_the_last_line_says_it_all(run: RunDir) -> N
     assert len(text) < 40
     assert "lines left out" in text[1]
     assert "in save at step 3: IndexError: list index out of range; next: less " in text[-1]
+
+
+def test_a_rank_killed_on_another_machine_is_the_cause(run: RunDir) -> None:
+    log = run.launcher_log(0, 1)
+    log.write_text("\n".join(KILLED.splitlines()[:2]))  # torchrun there had no time for more
+    fail(run, 0, RuntimeError(ECHO))
+    there = NodeEnd.from_dict(NodeEnd.of(log, 1, first_rank=4).as_dict())
+    outcome = judge_all(run, 0, [NodeEnd("here", 1), there])
+    assert (outcome.failure.type, outcome.failure.rank, outcome.failure.host) == ("SIGKILL", 5, there.host)
+
+
+def test_a_stop_on_another_machine_is_one(run: RunDir) -> None:
+    assert judge_all(run, 0, [NodeEnd("here", 1), NodeEnd("there", 1, told=2, forced=True)]).kind == "interrupted"
+    outcome = judge_all(run, 0, [NodeEnd("here", 1), NodeEnd("there", 1, told=signal.SIGUSR1)])
+    assert (outcome.kind, outcome.reason) == ("stopped", "SIGUSR1")
+
+
+def test_a_machine_that_is_gone_is_named_unless_a_rank_says_more(run: RunDir) -> None:
+    gone = "node 1 on n2 has not been heard of"
+    fail(run, 0, RuntimeError(ECHO))
+    outcome = judge_all(run, 0, [NodeEnd("here", -9)], trouble=gone)
+    assert (outcome.kind, outcome.message) == ("launcher", gone)
+    fail(run, 1, ValueError("real"))
+    assert judge_all(run, 0, [NodeEnd("here", -9)], trouble=gone).failure.message == "real"

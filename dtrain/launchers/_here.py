@@ -1,0 +1,102 @@
+"""What a launcher starts on the machine that it runs on."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from dtrain.config.spec import Command, Meeting
+from dtrain.errors import PlanError
+from dtrain.plan.machine import Machine
+from dtrain.plan.world import Device
+
+
+def procs_here(procs: int | Literal["auto"], device: Device, machine: Machine) -> int:
+    """Processes on this machine: one per visible GPU; on CPU two where there are two cores. Raises PlanError."""
+    if device == "cpu":
+        most = 2 if machine.cores >= 2 else 1
+        return most if procs == "auto" else procs
+    if machine.gpus == 0:
+        raise PlanError("device: cuda, but no GPU is visible here; set device=cpu, or look at nvidia-smi and "
+                        "CUDA_VISIBLE_DEVICES")  # fmt: skip
+    if procs != "auto" and procs > machine.gpus:
+        raise PlanError(f"launcher.procs: {procs} processes need a GPU each and {machine.gpus} are visible; "
+                        f"set launcher.procs={machine.gpus} or auto")  # fmt: skip
+    return machine.gpus if procs == "auto" else procs
+
+
+def one_node(worker: Sequence[str], procs: int, threads: int | Literal["auto"]) -> Command:
+    """All ranks on this machine."""
+    if procs == 1:  # torchrun would cost seconds and add nothing
+        return Command([sys.executable, "-u", "-m", "dtrain", *worker], {**_env(procs, threads), **_alone()})
+    rendezvous = [
+        "--standalone",                # a rendezvous on a free port of this machine
+        "--local-addr=127.0.0.1",      # this machine's own name may not resolve
+    ]  # fmt: skip
+    return Command(_torchrun(rendezvous, procs, worker), _env(procs, threads))
+
+
+def one_of_nodes(worker: Sequence[str], nodes: int, procs: int, threads: int | Literal["auto"],
+                 meeting: Meeting) -> Command:  # fmt: skip
+    """The ranks of this machine, of a run on several."""
+    host = f"[{meeting.host}]" if ":" in meeting.host else meeting.host
+    rendezvous = [
+        f"--nnodes={nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={host}:{meeting.port}",
+        f"--rdzv-id={meeting.id}",
+        f"--rdzv-conf=is_host={int(meeting.is_host)}",   # torchrun would guess it from the names of this machine
+        f"--local-addr={meeting.local}",                 # what the ranks of other nodes reach this one by
+    ]  # fmt: skip
+    env = _env(procs, threads)
+    if meeting.interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+        env["GLOO_SOCKET_IFNAME"] = meeting.interface
+    return Command(_torchrun(rendezvous, procs, worker), env)
+
+
+def _torchrun(rendezvous: Sequence[str], procs: int, worker: Sequence[str]) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run",
+        *rendezvous,
+        f"--nproc-per-node={procs}",
+        "--max-restarts=0",            # a restart is a new attempt, and the launch verb's to decide
+        "--monitor-interval=0.1",
+        "-m", "dtrain", *worker,
+    ]  # fmt: skip
+
+
+def _env(procs: int, threads: int | Literal["auto"]) -> dict[str, str]:
+    env = {"PYTHONFAULTHANDLER": "1"}
+    if threads != "auto":
+        env["OMP_NUM_THREADS"] = str(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        env["OMP_NUM_THREADS"] = str(max(1, usable_cores() // procs))
+    return env
+
+
+def _alone() -> dict[str, str]:
+    """What torchrun would set for the only process."""
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port("127.0.0.1"))}  # fmt: skip
+
+
+def free_port(host: str = "") -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores that this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))

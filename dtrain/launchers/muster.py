@@ -1,0 +1,358 @@
+"""The machines of one run find each other in its folder: one leads, the others do as it says and report to it.
+
+Each that follows has a folder of its own under `.nodes`, by a random name, so that nothing of an earlier start can be
+taken for this one's: `here.json` and `end.json` are its word, the others the leader's. Who has gone is seen by what it
+no longer touches; no clock of one machine is compared with that of another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.spec import Gathering, Meeting
+from dtrain.errors import DtrainError, RunError
+from dtrain.launchers._here import free_port
+from dtrain.launchers._network import interface_of, towards
+from dtrain.launchers.verdict import NodeEnd
+from dtrain.runs import RunDir
+from dtrain.runs.files import read_json, write_json
+from dtrain.runs.lock import BEAT_S
+
+LOOK_S = 0.2
+TOUCH_S = 1.0
+"""How often one that follows shows that it lives."""
+SILENT_S = 45.0
+"""After which one that does not is gone: a network file system may show a touch late."""
+LATE_S = 20.0
+"""What the others get to report, once the leader's own ranks have ended."""
+STOP = "stop.json"
+"""The leader's word that another machine's ranks have failed."""
+OPEN = "open"
+"""There while the leader waits for others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Go:
+    """The leader's word to one that follows."""
+
+    attempt: int
+    node: int
+    host: str
+    port: int
+    id: str
+    deadline: float | None
+    """By the clock: when the job's time is over."""
+
+
+class _Touched:
+    """Whether a file of another machine is still touched, by this machine's own clock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._last, self._since = path, self._stamp(path), time.monotonic()
+        self.moved = False
+
+    def silent_s(self) -> float:
+        stamp = self._stamp(self._path)
+        if stamp not in (None, self._last):
+            self._last, self._since, self.moved = stamp, time.monotonic(), True
+        return time.monotonic() - self._since
+
+    @staticmethod
+    def _stamp(path: Path) -> float | None:
+        try:
+            return path.stat().st_mtime
+        except OSError:
+            return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Over:
+    """The leader's word that there is nothing more to do."""
+
+    exit_code: int
+    message: str = ""
+
+
+@dataclasses.dataclass
+class _Member:
+    folder: Path
+    host: str
+    touched: _Touched
+    node: int = 0
+
+
+class Leader:
+    """Holds the run's lock."""
+
+    node = 0
+
+    def __init__(self, run: RunDir, gathering: Gathering, num_others: int, digest: str,
+                 say: Callable[[str], None]) -> None:  # fmt: skip
+        self._run, self._gathering, self._num_others = run, gathering, num_others
+        self._digest, self._say = digest, say
+        self._members: list[_Member] = []
+        self._seen: dict[str, _Touched] = {}
+        self._before = {folder.name for folder in _folders(run)}
+        """May have been left by a machine that was killed, until they are touched."""
+        self._beat_at = 0.0
+        self.token = secrets.token_hex(8)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """While the caller is busy, show the others that this one lives."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_S):
+                self._run.beat()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def meet(self, attempt: int, deadline: float | None) -> Meeting:
+        """Tell the others, who have come, where to meet."""
+        host = self._gathering.host or self._address()
+        port, name = self._gathering.port or free_port(), secrets.token_hex(8)
+        for member in self._members:
+            go = Go(attempt, member.node, host, port, name, deadline)
+            write_json(member.folder / "go.json", dataclasses.asdict(go))
+        (self._run.nodes / OPEN).unlink(missing_ok=True)
+        chosen = {member.folder for member in self._members}
+        too_many = Over(2, f"launcher.nodes={self._num_others + 1}: that many machines have come already")
+        for folder in set(_folders(self._run)) - chosen:
+            _tell(folder / "over.json", dataclasses.asdict(too_many))
+        local = self._address()
+        return Meeting(host, port, name, is_host=True, local=local, interface=interface_of(local))
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if now - self._beat_at >= BEAT_S:
+            self._beat_at = now
+            self._run.beat()
+
+    def trouble(self) -> str | None:
+        """What another machine has met, in words; None where all is well."""
+        for member in self._members:
+            end = self._report(member)
+            if end is not None and end.returncode:
+                return f"node {member.node} on {member.host} has failed"
+            if end is None and member.touched.silent_s() > SILENT_S:
+                return f"node {member.node} on {member.host} has not been heard of for {SILENT_S:.0f} s"
+        return None
+
+    def reports(self, *, failed: bool) -> list[NodeEnd]:
+        """How the others ended, once all have, or had their time; `failed`: they are not to go on."""
+        if failed:
+            for member in self._members:
+                _tell(member.folder / STOP, {})
+        deadline = time.monotonic() + LATE_S
+        while time.monotonic() < deadline:
+            self.beat()
+            waiting = [one for one in self._members if self._report(one) is None and one.touched.silent_s() < SILENT_S]
+            if not waiting:
+                break
+            time.sleep(LOOK_S)
+        return [end for end in map(self._report, self._members) if end is not None]
+
+    def dismiss(self, exit_code: int, message: str = "") -> None:
+        """Tell the others, also those that wait in vain, that it is over."""
+        (self._run.nodes / OPEN).unlink(missing_ok=True)
+        for folder in _folders(self._run):
+            _tell(folder / "over.json", dataclasses.asdict(Over(exit_code, message)))
+
+    def forget(self) -> None:
+        """Remove what machines that were killed have left; those that live remove their own."""
+        (self._run.nodes / OPEN).unlink(missing_ok=True)
+        for folder in _folders(self._run):
+            touched = self._seen.setdefault(folder.name, _Touched(folder / "here.json"))
+            touched.silent_s()
+            if folder.name in self._before and not touched.moved:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Until the others have come. Raises RunError where they do not."""
+        deadline, told = time.monotonic() + self._gathering.timeout_s, -1
+        while True:
+            here = self._here()
+            if len(here) >= self._num_others:
+                break
+            if len(here) != told:
+                told = len(here)
+                self._say(f"waiting for {self._num_others - told} of {self._num_others + 1} machines"
+                          + "".join(f"; {one.host} is here" for one in here))  # fmt: skip
+            if time.monotonic() > deadline:
+                raise RunError(f"launcher.nodes={self._num_others + 1}: only {len(here) + 1} came within "
+                               f"{self._gathering.timeout_s:.0f} s: {socket.gethostname()}"
+                               + "".join(f", {one.host}" for one in here)
+                               + "; the same command is to be started on each, and run.dir to be seen by all"
+                               )  # fmt: skip
+            self.beat()
+            time.sleep(LOOK_S)
+        self._members = here[: self._num_others]
+        for node, member in enumerate(self._members, 1):
+            member.node = node
+
+    def _here(self) -> list[_Member]:
+        """Those that wait now. Raises RunError where one has been told something else."""
+        found = []
+        for folder in _folders(self._run):
+            said = read_json(folder / "here.json")
+            if said is None or (folder / "over.json").exists():
+                continue
+            touched = self._seen.setdefault(folder.name, _Touched(folder / "here.json"))
+            if touched.silent_s() > SILENT_S or (folder.name in self._before and not touched.moved):
+                continue
+            if said.get("digest") != self._digest:
+                raise RunError(f"{said.get('host')}: another configuration than on {socket.gethostname()}; type the "
+                               f"same command on each machine")  # fmt: skip
+            found.append(_Member(folder, str(said.get("host")), touched))
+        return found
+
+    def _address(self) -> str:
+        """By which the others reach this machine."""
+        ways = (towards(one.host) for one in self._members)
+        return next((way for way in ways if way is not None), None) or socket.gethostname()
+
+    def _report(self, member: _Member) -> NodeEnd | None:
+        said = read_json(member.folder / "end.json")
+        return None if said is None else NodeEnd.from_dict(said)
+
+
+class Follower:
+    """Does as the leader says. Its folder is gone afterwards."""
+
+    def __init__(self, run: RunDir, digest: str, gathering: Gathering) -> None:
+        self._run, self._gathering = run, gathering
+        self.token = secrets.token_hex(8)
+        self._folder = run.nodes / self.token
+        self._touched_at = self._looked_at = time.monotonic()
+        self._led = True
+        self.node = -1
+        """Known once the leader has said it."""
+        self._folder.mkdir(parents=True)
+        write_json(self._folder / "here.json", {"host": socket.gethostname(), "digest": digest})
+
+    def wait(self) -> Go | Over | None:
+        """The leader's word; None where there is no leader any more, and any may lead.
+
+        Raises RunError where none comes.
+        """
+        began = time.monotonic()
+        while True:
+            if (over := self._over()) is not None:
+                return over
+            if (said := read_json(self._folder / "go.json")) is not None:
+                go = Go(**said)
+                self.node = go.node
+                return go
+            if self._is_led():
+                began = time.monotonic()
+            elif self._gathering.leads is None:
+                return None
+            elif time.monotonic() - began > self._gathering.timeout_s:
+                raise RunError(f"{self._run.path}: no machine leads; it waited {self._gathering.timeout_s:.0f} s for "
+                               f"{self._gathering.host or 'the first one'} to take the folder")  # fmt: skip
+            self.beat()
+            time.sleep(LOOK_S)
+
+    def meeting(self, go: Go) -> Meeting:
+        local = towards(go.host) or socket.gethostname()
+        return Meeting(go.host, go.port, go.id, is_host=False, local=local, interface=interface_of(local))
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if now - self._touched_at >= TOUCH_S:
+            self._touched_at = now
+            with contextlib.suppress(OSError):
+                (self._folder / "here.json").touch()
+
+    def trouble(self) -> str | None:
+        if (self._folder / STOP).exists():
+            return "another node has failed"
+        return None if self._is_led() else "the node that leads is gone"
+
+    def report(self, end: NodeEnd) -> Over | None:
+        """Tell the leader how this machine's ranks ended; returns its last word, None where it is gone."""
+        write_json(self._folder / "end.json", end.as_dict())
+        while True:
+            led = self._is_led()
+            if (over := self._over()) is not None or not led:
+                return over
+            self.beat()
+            time.sleep(LOOK_S)
+
+    def _over(self) -> Over | None:
+        said = read_json(self._folder / "over.json")
+        return None if said is None else Over(**said)
+
+    def _is_led(self) -> bool:
+        """Looks at the lock now and then: on another machine that makes a file, to tell the time by."""
+        now = time.monotonic()
+        if now - self._looked_at >= TOUCH_S:
+            self._looked_at, self._led = now, self._run.holder() is not None
+        return self._led
+
+    def leave(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+Team = Leader | Follower
+
+
+@contextmanager
+def enter(run: RunDir, gathering: Gathering, num_nodes: int, digest: str,
+          say: Callable[[str], None]) -> Iterator[Team]:  # fmt: skip
+    """Lead or follow. Raises RunError where the run's folder is in use by a run that waits for nobody."""
+    began = time.monotonic()
+    while gathering.leads is not False:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(run.lock(note=say))
+            except RunError:
+                if gathering.leads is None and (run.nodes / OPEN).exists():
+                    break
+                if gathering.leads is not None or time.monotonic() - began > TOUCH_S:
+                    raise
+                time.sleep(LOOK_S)
+                continue
+            run.nodes.mkdir(exist_ok=True)
+            (run.nodes / OPEN).touch()
+            leader = Leader(run, gathering, num_nodes - 1, digest, say)
+            try:
+                yield leader
+            except BaseException as error:
+                leader.dismiss(error.exit_code if isinstance(error, DtrainError) else 3, str(error))
+                raise
+            finally:
+                leader.forget()
+            return
+    follower = Follower(run, digest, gathering)
+    try:
+        yield follower
+    finally:
+        follower.leave()
+
+
+def _folders(run: RunDir) -> Sequence[Path]:
+    return sorted(path.parent for path in run.nodes.glob("*/here.json"))
+
+
+def _tell(path: Path, what: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # one that has ended has taken its folder with it
+        if path.parent.is_dir():
+            write_json(path, what)

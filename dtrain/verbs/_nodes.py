@@ -1,0 +1,72 @@
+"""`dtrain launch` on each of several machines: one leads, the others start their ranks when it says so."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrain.launchers.muster import Follower, Leader
+    from dtrain.plan.propose import Proposal
+    from dtrain.runs import RunDir
+
+
+def launch(run: RunDir, proposal: Proposal) -> int:
+    """Until the run's end; returns its exit code, on every machine."""
+    from dtrain.config import frozen
+    from dtrain.launchers import muster
+    from dtrain.runs import check
+
+    gathering, nodes = proposal.config.launcher.gathering(), proposal.plan.topology.nodes
+    digest = frozen.digest(proposal.config)
+    code: int | None = None
+    check(run.checkpoints)
+    while code is None:
+        with muster.enter(run, gathering, nodes, digest, _say) as team:
+            if isinstance(team, muster.Leader):
+                code = _lead(run, proposal, team)
+                team.dismiss(code)
+            else:
+                code = _follow(run, proposal, team)
+    return code
+
+
+def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int:
+    from dtrain.plan.describe import describe
+    from dtrain.verbs import launch
+
+    print(describe(proposal.config, proposal.plan), flush=True)
+    _say(f"{socket.gethostname()} leads")
+    with leader.beating():
+        prepared = launch.prepare_all(proposal)
+    return launch.tell(launch.train(run, proposal, prepared, leader), run)
+
+
+def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
+    """The run's exit code; None where there is nobody to follow."""
+    from dtrain.launchers.muster import Over
+    from dtrain.launchers.supervise import serve
+    from dtrain.verbs.launch import worker
+
+    host = socket.gethostname()
+    _say(f"{host}: waiting for the node that leads")
+    word = follower.wait()
+    if word is None:
+        return None
+    if isinstance(word, Over):
+        print(word.message or "the node that leads has ended", file=sys.stderr, flush=True)
+        return word.exit_code
+    _say(f"{host} is node {word.node}; {word.host} leads")
+    command = proposal.config.launcher.command(run.path, worker(run, proposal), proposal.plan.topology,
+                                               follower.meeting(word))  # fmt: skip
+    end = serve(command, run, word.attempt, follower, deadline=word.deadline)
+    over = follower.report(end)
+    if over is None:
+        print(f"{host}: the node that leads is gone; what was saved before counts", file=sys.stderr, flush=True)
+        return 3
+    return over.exit_code
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,56 @@
+"""Whether a batch script is to queue its job again: told by a file, since exit codes do not pass through launchers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dtrain.runs import Outcome, RunDir
+
+FAILURES = ("worker", "hang", "storage", "launcher")
+"""Kinds that may be the machine's fault; what the user typed, and a loss that is no number, come again."""
+
+
+def forget(run: RunDir) -> None:
+    """Remove what was asked of an earlier start; what the script of this one has asked stays."""
+    batch = os.environ.get("DTRAIN_BATCH")
+    for path in (run.stop_trigger, run.requeue):
+        if batch is None or not path.is_file() or path.read_text(encoding="utf-8").strip() != batch:
+            path.unlink(missing_ok=True)
+
+
+def decide(run: RunDir, outcome: Outcome, max_restarts: int, say: Callable[[str], None]) -> None:
+    """Ask the batch script, where one has started this, for another start: where the time was over, or after a failure
+    that may not come again.
+    """
+    from dtrain.engine.control import BY_SCHEDULER
+
+    batch = os.environ.get("DTRAIN_BATCH")
+    if batch is None:
+        return
+    if outcome.kind == "stopped":
+        again = outcome.reason in BY_SCHEDULER
+    elif outcome.kind in FAILURES and max_restarts:
+        why_not = refusal(run.read_manifest().get("attempts", []), max_restarts)
+        say(why_not or f"launcher.max_restarts={max_restarts}: the job is to be queued again")
+        again = why_not is None
+    else:
+        again = False
+    if again:
+        run.requeue.write_text(batch + "\n", encoding="utf-8")
+
+
+def refusal(attempts: Sequence[Mapping[str, Any]], max_restarts: int) -> str | None:
+    """Why a run whose last attempts were these is not started again; None where it is."""
+    failed = []
+    for one in reversed(attempts):
+        if one.get("ended") not in FAILURES:
+            break
+        failed.append(int(one.get("first_step") or 0))
+    if len(failed) > max_restarts:
+        return f"launcher.max_restarts={max_restarts}: it has failed {len(failed)} times in a row; not queued again"
+    if len(failed) >= 2 and failed[0] == failed[1]:
+        return "two attempts in a row began at the same step and failed: no progress; not queued again"
+    return None

@@ -1,0 +1,146 @@
+"""Jobs on a real Slurm of two nodes: they end, whatever becomes of them on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dtrain.runs import RunDir
+from tests.cluster.slurm import missing, output, slurm, until
+from tests.e2e.command import ROOT, SMALL, dtrain, write_texts
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+TYPED = [*SMALL, "dataset.path=texts.jsonl", "launcher=slurm", "launcher.nodes=2", "strategy=ddp", "eval.every_steps=0",
+         "schedule=constant", "launcher.join_timeout_s=60"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with slurm(tmp_path_factory.mktemp("slurm") / "conf") as env:
+        yield env
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / 'a b\'s "100%j" $(touch x);'
+    made.mkdir()
+    write_texts(made / "texts.jsonl")
+    return made
+
+
+def submit(cluster: dict[str, str], folder: Path, *typed: str) -> tuple[str, RunDir]:
+    """The job's number, and its run."""
+    done = dtrain(folder, "launch", *TYPED, "run.name=a b", *typed, env=cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("submitted"))
+    return line.split()[2].rstrip(";"), RunDir(folder / "runs" / "a b")
+
+
+def state(cluster: dict[str, str], job: str) -> str:
+    text = output(["scontrol", "show", "job", job, "--oneliner"], cluster)
+    return next(word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState="))
+
+
+def rows(run: RunDir) -> list[dict[str, Any]]:
+    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def log(run: RunDir, job: str) -> str:
+    path = run.path / f"job-{job}.log"
+    return path.read_text() if path.exists() else "no log"
+
+
+def trains(cluster: dict[str, str], run: RunDir, job: str, attempt: int) -> None:
+    """Until this attempt has trained a step."""
+
+    def there() -> bool:
+        over = state(cluster, job) in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+        assert not over, log(run, job)
+        events = [json.loads(line) for line in run.events.read_text().splitlines()] if run.events.exists() else []
+        began = [event["step"] for event in events if event["kind"] == "training" and event["attempt"] == attempt]
+        return bool(began) and any(row["step"] > began[0] for row in rows(run))
+
+    until(there, 120, lambda: log(run, job))
+
+
+def ends(cluster: dict[str, str], run: RunDir, job: str, within_s: float = 120) -> str:
+    over = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+    until(lambda: state(cluster, job) in over, within_s, lambda: log(run, job))
+    return state(cluster, job)
+
+
+def test_the_time_limit_is_met_and_the_run_goes_on(cluster: dict[str, str], folder: Path) -> None:
+    slow = ["model.hidden=256", "model.layers=4", "model.intermediate=512", "batch.global_batch=32",
+            "dataset.on_long=split"]  # fmt: skip
+    job, run = submit(cluster, folder, *slow, "train.steps=100000", "launcher.time=1", "launcher.signal_s=1")
+    trains(cluster, run, job, 1)
+    assert f"job {job} is queued again" in log(run, job)
+    subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=True)
+    attempts = run.read_manifest()["attempts"]
+    assert attempts[0]["ended"] == "stopped"
+    assert attempts[1]["first_step"] > 0
+    assert ends(cluster, run, job) == "CANCELLED"
+    until(lambda: run.read_outcome(1) is not None, 30, lambda: log(run, job))
+    assert (run.read_outcome(1).kind, run.read_outcome(1).reason) == ("stopped", "SIGTERM")
+    assert not run.requeue.exists()
+    got = rows(run)
+    assert [row["step"] for row in got] == list(range(1, len(got) + 1))
+    plain = [word for word in TYPED if not word.startswith("launcher")]
+    whole = dtrain(folder, "launch", *plain, *slow, f"train.steps={len(got)}", "launcher.procs=2", "run.name=whole",
+                   timeout_s=240)  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    assert [row["loss"] for row in got] == [row["loss"] for row in rows(RunDir(folder / "runs" / "whole"))]
+
+
+def test_told_to_stop_then_killed_and_it_ends_all_the_same(cluster: dict[str, str], folder: Path) -> None:
+    job, run = submit(cluster, folder, "train.steps=400", "launcher.max_restarts=1", "checkpoint.every_steps=50")
+    script = run.path / "job.sh"
+    if shutil.which("shellcheck"):
+        assert output(["shellcheck", str(script)], {}) == ""
+    trains(cluster, run, job, 0)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], env={**os.environ, **cluster}, check=True)
+    trains(cluster, run, job, 1)
+    os.kill(_rank(run, 1), signal.SIGKILL)
+    assert ends(cluster, run, job) == "COMPLETED", log(run, job)
+    attempts = run.read_manifest()["attempts"]
+    assert [one["ended"] for one in attempts] == ["stopped", "worker", "done"], log(run, job)
+    assert "killed by SIGKILL" in log(run, job)
+    assert log(run, job).count("is queued again") == 2
+    steps = [row["step"] for row in rows(run)]
+    assert sorted(set(steps)) == list(range(1, 401))
+    assert not (folder / "x").exists()
+    assert list(run.nodes.iterdir()) == []
+
+
+def _rank(run: RunDir, rank: int) -> int:
+    for process in psutil.process_iter():
+        try:
+            env = process.environ()
+        except psutil.Error:
+            continue
+        if env.get("DTRAIN_RUN") == str(run.path) and env.get("RANK") == str(rank):
+            return process.pid
+    raise AssertionError(f"rank {rank} is not running")
+
+
+def test_in_an_allocation_the_tasks_are_started_there(cluster: dict[str, str], folder: Path) -> None:
+    argv = ["salloc", "--nodes=2", "--quiet", sys.executable, "-m", "dtrain", "launch", *TYPED, "train.steps=4",
+            "run.name=now"]  # fmt: skip
+    env = {**os.environ, **cluster, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120,
+                         stdin=subprocess.DEVNULL)  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "which is there already: bash" in ran.stdout
+    assert len(rows(RunDir(folder / "runs" / "now"))) == 4

@@ -1,0 +1,111 @@
+"""The same command typed twice, as on two machines that share a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dtrain.runs import RunDir
+from tests.e2e.command import ROOT, SMALL, dtrain, write_texts
+
+TYPED = [*SMALL, "dataset.path=texts.jsonl", "launcher=torchrun", "launcher.procs=1", "strategy=ddp",
+         "launcher.join_timeout_s=60"]  # fmt: skip
+ENDLESS = ["train.steps=100000", "eval.every_steps=0", "checkpoint.every_minutes=null"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / 'a b\'s "folder" $(touch x)'
+    made.mkdir()
+    write_texts(made / "texts.jsonl")
+    return made
+
+
+@pytest.fixture
+def machines(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def start(machines: list[subprocess.Popen[str]], folder: Path, *typed: str) -> RunDir:
+    """On both; returns once rank 0 has trained a step or the commands have ended."""
+    for number in range(2):
+        with (folder / f"out-{number}").open("w") as out:
+            machines.append(
+                subprocess.Popen([sys.executable, "-m", "dtrain", "launch", *TYPED, *typed], cwd=folder, text=True,
+                                 stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+            )  # fmt: skip
+    run = RunDir(folder / "runs" / "demo")
+    while not run.metrics.exists() and any(one.poll() is None for one in machines):
+        time.sleep(0.05)
+    return run
+
+
+def ended(machines: list[subprocess.Popen[str]], folder: Path, within_s: float = 60) -> tuple[list[int], str]:
+    deadline = time.monotonic() + within_s
+    codes = [one.wait(max(0.1, deadline - time.monotonic())) for one in machines]
+    return codes, "".join((folder / f"out-{number}").read_text() for number in range(2))
+
+
+def losses(run: RunDir) -> list[float]:
+    return [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
+
+
+def test_two_machines_train_as_one(folder: Path, machines: list[subprocess.Popen[str]]) -> None:
+    run = start(machines, folder)
+    codes, said = ended(machines, folder)
+    assert codes == [0, 0], said
+    assert {path.name for path in run.attempt_dir(0).glob("launcher*")} == {"launcher.log", "launcher-1.log"}
+    assert list(run.nodes.iterdir()) == []
+    assert run.read_manifest()["topology"] == {"nodes": 2, "procs_per_node": 1}
+    one = [word for word in TYPED if not word.startswith("launcher")]
+    alone = dtrain(folder, "launch", *one, "launcher.procs=2", "run.name=one-machine")
+    assert alone.returncode == 0, alone.stderr
+    assert losses(run) == losses(RunDir(folder / "runs" / "one-machine"))
+    assert not (folder / "x").exists()
+
+
+def rank_1(run: RunDir) -> int:
+    """Its process, and whether it is the second machine's: torchrun numbers the machines by their names."""
+    import psutil
+
+    for process in psutil.process_iter():
+        try:
+            env = process.environ()
+        except psutil.Error:
+            continue
+        if env.get("DTRAIN_RUN") == str(run.path) and env.get("RANK") == "1":
+            return process.pid
+    raise AssertionError("rank 1 is not running")
+
+
+def test_a_killed_rank_ends_both_and_is_named(folder: Path, machines: list[subprocess.Popen[str]]) -> None:
+    run = start(machines, folder, *ENDLESS)
+    os.kill(rank_1(run), signal.SIGKILL)
+    killed = time.monotonic()
+    codes, said = ended(machines, folder, 20)
+    assert codes == [3, 3], said
+    assert time.monotonic() - killed < 15
+    assert "rank 1 on " in said
+    assert "killed by SIGKILL" in said
+
+
+def test_a_signal_to_one_machine_stops_both(folder: Path, machines: list[subprocess.Popen[str]]) -> None:
+    run = start(machines, folder, *ENDLESS)
+    machines[1].send_signal(signal.SIGTERM)
+    codes, said = ended(machines, folder)
+    assert codes == [75, 75], said
+    assert run.read_outcome().reason == "SIGTERM"
+    assert list(run.checkpoints.glob("step-*"))

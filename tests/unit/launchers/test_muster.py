@@ -1,0 +1,176 @@
+"""Leaders and followers in one process: threads stand for machines, the folder is real."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.config.spec import Gathering
+from dtrain.errors import RunError
+from dtrain.launchers import muster
+from dtrain.launchers.muster import Follower, Go, Leader, Over, enter
+from dtrain.launchers.verdict import NodeEnd
+from dtrain.runs import RunDir
+from dtrain.runs.files import write_json
+
+PATIENT = Gathering(timeout_s=20)
+GOOD, BAD = NodeEnd("other", 0), NodeEnd("other", 1)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "r")
+
+
+@pytest.fixture
+def other() -> Iterator[Callable[..., Future[Any]]]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool.submit
+
+
+def lead(run: RunDir, nodes: int = 2, gathering: Gathering = PATIENT, digest: str = "d") -> Any:
+    return enter(run, gathering, nodes, digest, lambda line: None)
+
+
+def follow(run: RunDir, ready: threading.Event | None = None, end: NodeEnd = GOOD, digest: str = "d") -> Any:
+    """As a machine that comes later: the leader's word, and its last one."""
+    if ready is not None:
+        ready.wait(10)
+    with enter(run, PATIENT, 2, digest, lambda line: None) as team:
+        assert isinstance(team, Follower)
+        word = team.wait()
+        return word, team.report(end) if isinstance(word, Go) else None
+
+
+def test_the_first_leads_and_the_others_do_as_it_says(run: RunDir, other: Any) -> None:
+    ready = threading.Event()
+    followers = [other(follow, run, ready) for _ in range(2)]
+    with lead(run, 3) as leader:
+        assert isinstance(leader, Leader)
+        ready.set()
+        leader.wait()
+        meeting = leader.meet(4, 123.0)
+        assert meeting.is_host
+        assert [end.host for end in leader.reports(failed=False)] == ["other"] * 2
+        leader.dismiss(75, "stopped")
+        words = [one.result(10) for one in followers]
+    assert sorted(go.node for go, _ in words) == [1, 2]
+    assert {(go.attempt, go.deadline, go.port, go.id) for go, _ in words} == {(4, 123.0, meeting.port, meeting.id)}
+    assert [over for _, over in words] == [Over(75, "stopped")] * 2
+    assert list(run.nodes.iterdir()) == []
+
+
+def test_a_failure_elsewhere_is_heard_on_both_sides(run: RunDir, other: Any) -> None:
+    ready, heard = threading.Event(), threading.Event()
+
+    def fails() -> None:
+        ready.wait(10)
+        with lead(run) as team:
+            assert isinstance(team.wait(), Go)
+            while team.trouble() is None:
+                time.sleep(0.02)
+            heard.set()
+            team.report(BAD)
+
+    follower = other(fails)
+    with lead(run) as leader:
+        ready.set()
+        leader.wait()
+        leader.meet(0, None)
+        assert leader.trouble() is None
+        assert leader.reports(failed=True) == [BAD]
+        assert heard.is_set()
+        assert "node 1 on" in (leader.trouble() or "")
+        leader.dismiss(3)
+        follower.result(10)
+
+
+def test_a_machine_that_falls_silent_is_named(run: RunDir, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muster, "SILENT_S", 0.3)
+    monkeypatch.setattr(muster, "LATE_S", 2.0)
+    with lead(run) as leader:
+        silent = Follower(run, "d", PATIENT)
+        leader.wait()
+        leader.meet(0, None)
+        deadline = time.monotonic() + 5
+        while leader.trouble() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert "has not been heard of" in (leader.trouble() or "")
+        assert leader.reports(failed=True) == []
+        silent.leave()
+
+
+def test_what_a_killed_machine_has_left_is_not_counted(run: RunDir) -> None:
+    left = run.nodes / "abc"
+    write_json(left / "here.json", {"host": "gone", "digest": "d"})
+    alone = lead(run, gathering=Gathering(timeout_s=1.5))
+    with pytest.raises(RunError, match=r"launcher.nodes=2: only 1 came within 2 s"), alone as leader:
+        leader.wait()
+    assert not left.exists()
+
+
+def test_one_that_waited_before_the_leader_came_is_counted(run: RunDir, other: Any) -> None:
+    early = Follower(run, "d", Gathering(leads=False, timeout_s=20))
+    waiting = other(early.wait)
+    with lead(run) as leader:
+        leader.wait()
+        leader.meet(0, None)
+        assert isinstance(waiting.result(10), Go)
+    early.leave()
+
+
+def test_another_configuration_is_refused_on_all(run: RunDir, other: Any) -> None:
+    ready = threading.Event()
+    follower = other(follow, run, ready, GOOD, "another")
+    with pytest.raises(RunError, match="another configuration"), lead(run) as leader:  # noqa: PT012
+        ready.set()
+        leader.wait()
+    word, _ = follower.result(10)
+    assert word.exit_code == 2
+    assert "another configuration" in word.message
+
+
+def test_one_too_many_is_sent_home(run: RunDir, other: Any) -> None:
+    first, second = Follower(run, "d", PATIENT), Follower(run, "d", PATIENT)
+    waiting = [other(first.wait), other(second.wait)]
+    with lead(run) as leader:
+        leader.wait()
+        leader.meet(0, None)
+        words = [one.result(10) for one in waiting]
+    assert {type(word) for word in words} == {Go, Over}
+    for one in (first, second):
+        one.leave()
+
+
+def test_a_follower_leads_where_the_leader_has_gone(run: RunDir) -> None:
+    follower = Follower(run, "d", Gathering(timeout_s=20))
+    assert follower.wait() is None
+    follower.leave()
+
+
+def test_a_leader_that_never_comes_is_told(run: RunDir) -> None:
+    follower = Follower(run, "d", Gathering(leads=False, host="n1", timeout_s=1.2))
+    with pytest.raises(RunError, match="no machine leads; it waited 1 s for n1"):
+        follower.wait()
+    follower.leave()
+
+
+def test_a_run_that_waits_for_nobody_is_not_joined(run: RunDir) -> None:
+    with run.lock(), pytest.raises(RunError, match="in use by"), lead(run):
+        pass
+
+
+def test_a_leader_that_dies_leaves_no_follower_waiting(run: RunDir, other: Any) -> None:
+    ready = threading.Event()
+    follower = other(follow, run, ready)
+    with lead(run) as leader:
+        ready.set()
+        leader.wait()
+        leader.meet(0, None)
+    assert follower.result(10)[1] is None

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtrain.config.spec import Job
+from dtrain.errors import ConfigError, PlanError
+from dtrain.launchers.slurm import Slurm
+from dtrain.plan.machine import Machine
+from dtrain.plan.world import Topology
+from tests.unit.launchers.test_torchrun import MEETING, NASTY
+
+LOGIN = Machine(cores=4, memory_bytes=2**33, gpus=0, gpu_name="", gpu_memory_bytes=0)
+NODE = dataclasses.replace(LOGIN, gpus=8, gpu_name="H100", gpu_memory_bytes=2**36)
+SITE = {"partition": "gpu", "account": "a1", "qos": "high", "constraint": "a100|h100", "mem": "0", "time": "08:00:00",
+        "cpus_per_task": 64, "options": ("--exclusive", "--exclude=n[3-5]"), "gpus_per_node": 8}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "DTRAIN_"))]:
+        monkeypatch.delenv(name)
+
+
+def job(run_dir: str = "/runs/a b", words: tuple[str, ...] = ("launch", "run.name=a b"), **values: Any) -> Job:
+    made = Slurm(**values).job(Path(run_dir), words)
+    assert made is not None
+    return made
+
+
+def test_the_plan_is_of_the_nodes_and_not_of_this_machine() -> None:
+    launcher = Slurm(nodes=4, gpus_per_node=8)
+    there = launcher.machine(LOGIN)
+    assert there.gpus == 8
+    assert launcher.topology("cuda", there) == Topology(nodes=4, procs_per_node=8)
+    assert Slurm(nodes=2).topology("cpu", Slurm().machine(NODE)) == Topology(nodes=2, procs_per_node=1)
+    assert Slurm().machine(NODE).gpus == 0
+    assert Slurm(nodes=2, procs=3).topology("cpu", LOGIN).size == 6
+    with pytest.raises(PlanError, match="launcher.gpus_per_node=0"):
+        Slurm().topology("cuda", LOGIN)
+
+
+def test_on_its_node_a_task_starts_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTRAIN_BATCH", "7.0")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    launcher = Slurm(nodes=2, gpus_per_node=8)
+    assert launcher.job(Path("/r"), ["launch"]) is None
+    assert launcher.gathering().leads is False
+    assert launcher.machine(NODE) == NODE
+    with pytest.raises(PlanError, match="no GPU is visible"):
+        launcher.topology("cuda", LOGIN)
+    argv = launcher.command(Path("/r"), ["worker"], Topology(2, 8), MEETING).argv
+    assert "--nnodes=2" in argv
+    assert argv[:2] != ["srun"]
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    assert launcher.gathering().leads is True
+
+
+def test_what_a_site_asks_for_stands_in_the_script() -> None:
+    script = job(
+        nodes=4, modules=("cuda/12.4",), prolog=("source /opt/site/env.sh && ulimit -l unlimited",), **SITE
+    ).script
+    for line in ("#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=gpu",
+                 "#SBATCH --account=a1", "#SBATCH --qos=high", "#SBATCH --constraint='a100|h100'", "#SBATCH --mem=0",
+                 "#SBATCH --time=08:00:00", "#SBATCH --cpus-per-task=64", "#SBATCH --signal=B:USR1@180",
+                 "#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --exclusive", "#SBATCH '--exclude=n[3-5]'",
+                 "module load cuda/12.4", "source /opt/site/env.sh && ulimit -l unlimited", "run='/runs/a b'"):  # fmt: skip
+        assert line in script.splitlines(), line
+    assert "DTRAIN_DEADLINE=$(($(date +%s) + 28800))" in script
+    assert "scontrol requeue" not in job(requeue=False).script
+    assert "#SBATCH --no-requeue" in job(requeue=False).script
+
+
+def test_containers() -> None:
+    by_apptainer = job(container="/img/a b.sif", mounts=("/data:/data",), gpus_per_node=1).script
+    assert "  apptainer exec\n  --nv\n  --bind /data:/data\n" in by_apptainer.replace("\n  --bind\n", "\n")
+    assert "  '/img/a b.sif'\n  python3\n" in by_apptainer
+    by_pyxis = job(container="nvcr.io#x", container_by="pyxis", mounts=("/a", "/b b")).script
+    assert "--container-image='nvcr.io#x' \\" in by_pyxis
+    assert "--container-mounts='/a,/b b' \\" in by_pyxis
+
+
+@pytest.mark.parametrize(("values", "says"), [
+    ({"partition": "a b"}, "launcher.partition='a b'"), ({"account": "a\n#SBATCH --uid=0"}, "launcher.account="),
+    ({"qos": "$(x)"}, "launcher.qos="), ({"options": ("-x",)}, "launcher.options: '-x'"),
+    ({"options": ("--wrap=a;b",)}, "launcher.options"), ({"options": ("--x=a\nb",)}, "launcher.options"),
+    ({"modules": ("a;b",)}, "launcher.modules"), ({"modules": ("$(x)",)}, "launcher.modules"),
+    ({"time": "soon"}, "launcher.time=soon"), ({"time": "1.5"}, "launcher.time=1.5"), ({"time": "1:2:3:4"}, "launcher.time"),
+    ({"gpus_per_node": 2, "procs": 4}, "launcher.procs=4"), ({"mounts": ("/a",)}, "launcher.mounts"),
+])  # fmt: skip
+def test_what_does_not_belong_in_a_script_is_refused(values: dict[str, Any], says: str) -> None:
+    assert [problem for problem in Slurm(**values).problems() if says in problem]
+
+
+def test_good_values_are_no_problem() -> None:
+    assert Slurm(**SITE).problems() == []
+    assert [Slurm(time=time).problems() for time in ("90", "1:30", "01:30:00", "2-12", "2-12:30")] == [[]] * 5
+
+
+def read_by_bash(script: str, folder: Path) -> tuple[list[str], str]:
+    """The words of the command and the folder, as bash reads them."""
+    end = next(line for line in script.splitlines() if line.startswith("trap 'echo"))
+    head = script[: script.index(end)]
+    out = folder / "words"
+    text = head + 'printf "%s\\0" "$run" "${command[@]}" >"$OUT"\n'
+    done = subprocess.run(["bash", "-u"], input=text.encode(), capture_output=True, cwd=folder, check=False,
+                          env={"PATH": "/usr/bin:/bin", "OUT": str(out), "SLURM_JOB_ID": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = out.read_bytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    return words[1:], words[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(words=st.lists(NASTY, min_size=1, max_size=5), name=NASTY)
+def test_bash_reads_what_was_typed(words: list[str], name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    if "\n" in name or "\\" in name:
+        name = "plain"
+    made = job("/runs/" + name, ("launch", *words))
+    got, run = read_by_bash(made.script, folder)
+    assert got == [sys.executable, "-u", "-m", "dtrain", "launch", *words]
+    assert run == str(Path("/runs/" + name))
+    assert [path.name for path in folder.iterdir()] == ["words"]
+
+
+def test_how_it_is_handed_over() -> None:
+    made = job("/runs/100% a\nb".replace("\n", " "))
+    assert list(made.submit) == ["sbatch", "--parsable", "--job-name=100__a_b", "--output=/runs/100%% a b/job-%j.log",
+                                 f"--chdir={Path.cwd()}"]  # fmt: skip
+    assert made.follow("17")["queue"] == ["squeue", "--jobs=17"]
+    assert made.prepare
+    assert not made.now
+    assert not job(prepare="job").prepare
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\\b"])
+def test_a_folder_that_slurm_would_read_as_something_else_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="run.dir"):
+        job("/runs/" + name)
+
+
+def test_in_an_allocation_the_script_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert job(nodes=2).now
+    with pytest.raises(ConfigError, match=r"launcher.nodes=3: this shell is in job 5, with 2; .* unset SLURM_JOB_ID"):
+        job(nodes=3)
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.j2"
+    mine.write_text("#!/bin/sh\n{% for word in command[-1:] %}{{ word }}{% endfor %} {{ nodes }}\n")
+    assert job(template=str(mine), nodes=3).script == "#!/bin/sh\n'run.name=a b' 3\n"
+    for text, says in [("{{ nope }}", "nope"), ("{% if %}", "line 1"), ("{{ command }}", "take its items"),
+                       ("{{ run_dir.__class__.__mro__ }}", "launcher.template")]:  # fmt: skip
+        mine.write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            job(template=str(mine))
+    with pytest.raises(ConfigError, match="No such file"):
+        job(template=str(tmp_path / "none"))
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("values", [
+    {}, {"requeue": False}, {**SITE, "modules": ("m",)}, {"container": "i", "mounts": ("/a",), "gpus_per_node": 2},
+    {"container": "i", "container_by": "pyxis", "mounts": ("/a",), "time": "2-12"},
+])  # fmt: skip
+def test_shellcheck_has_nothing_to_say(values: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "job.sh"
+    path.write_text(job('/runs/a\'s "b" $(c)', **values).script)
+    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
