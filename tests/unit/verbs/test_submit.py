@@ -1,0 +1,92 @@
+"""What `dtrain launch launcher=slurm` hands over, to an sbatch that only writes down what it was given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain import cli
+
+SBATCH = """\
+#!/bin/sh
+printf '%s\\0' "$@" >>"$SBATCH_GOT"
+echo "${{SBATCH_SAYS-17;cluster}}"
+exit {code}
+"""
+TYPED = ["launch", "model=tiny", "launcher=slurm", "launcher.nodes=2", "launcher.prepare=job", "run.name=a b"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    made = tmp_path / "it's $(touch x)"
+    (made / "bin").mkdir(parents=True)
+    monkeypatch.chdir(made)
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "DTRAIN_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{made / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SBATCH_GOT", str(made / "got"))
+    sbatch(made)
+    return made
+
+
+def sbatch(place: Path, code: int = 0) -> None:
+    path = place / "bin" / "sbatch"
+    path.write_text(SBATCH.format(code=code))
+    path.chmod(0o755)
+
+
+def test_a_job_is_handed_over_and_can_be_followed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(TYPED) == 0
+    run = place / "runs" / "a b"
+    assert (place / "got").read_text().split("\0")[:-1] == [
+        "--parsable", "--job-name=a_b", f"--output={run}/job-%j.log", f"--chdir={place}", f"{run}/job.sh"]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "ranks      2 on cpu: 2 nodes x 1" in said
+    assert "prepared in the job" in said
+    assert "submitted  job 17" in said
+    assert "squeue --jobs=17" in said
+    assert "job-17.log" in said
+    assert not (place / "x").exists()
+    assert not (run / "logs").exists(), "nothing is started here"
+
+
+def test_dry_run_shows_the_script_and_leaves_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*TYPED, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "submit     sbatch --parsable" in said
+    assert "#SBATCH --nodes=2" in said
+    assert not (place / "runs").exists()
+    assert not (place / "got").exists()
+
+
+def test_a_sweep_is_a_job_for_each(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*TYPED, "-m", "train.steps=40,80"]) == 0
+    names = sorted(path.name for path in (place / "runs").iterdir())
+    assert len(names) == 2
+    assert capsys.readouterr().out.count("submitted  job 17") == 2
+    for name, steps in zip(names, (40, 80), strict=True):
+        script = (place / "runs" / name / "job.sh").read_text()
+        assert f"train.steps={steps}\n" in script
+        assert name in script
+
+
+def test_what_sbatch_refuses_is_told(place: Path) -> None:
+    sbatch(place, code=1)
+    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", "dtrain", *TYPED], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 2
+    assert "sbatch: exit code 1" in done.stderr
+
+
+def test_no_secret_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecretvalue")
+    assert cli.run(TYPED) == 0
+    text = "".join(path.read_text() for path in (place / "runs").rglob("*") if path.is_file())
+    assert "hf_averysecretvalue" not in text
+    assert "#SBATCH" in text
