@@ -50,6 +50,9 @@ def choose(run: RunDir, config: Config, identity: Mapping[str, Any], say: Say) -
         say(f"resume: starting from {start.candidates[0]}")
     else:
         return None
+    if (why := config.strategy.unsavable()) is not None:
+        raise ConfigError(f"{why}, so that it cannot go on from {start.candidates[0]}; take another strategy, or begin "
+                          f"anew with another run.name and without resume")  # fmt: skip
     return _compared(start, config, identity, say)
 
 

@@ -239,6 +239,10 @@ class StrategySpec(AbstractSpec):
         """What is wrong with these values on such ranks, each as `key: value, reason, way out`; none as a rule."""
         return []
 
+    def unsavable(self) -> str | None:
+        """Why a run can neither save nor go on from a checkpoint, as `key=value: reason`; None where it can."""
+        return None
+
     @abstractmethod
     def states(self, need: Need) -> StateBytes:
         """Training state of one rank, for the memory table."""

@@ -177,7 +177,7 @@ def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]
     from dtrain.checkpoint.saver import Saver
     from dtrain.engine.engine import Saving
 
-    if not built.strategy.resumable:
+    if built.config.strategy.unsavable() is not None:
         return None
     policy = built.config.checkpoint
     num_bytes = sum(4 * math.prod(one.shape) * len(one.states) for one in built.parameters.values())

@@ -85,6 +85,8 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     if not config.strategy.candidates():
         concrete[name] = config.strategy
     chosen, micro = _choose(config, name, concrete, room, notes)
+    if (why := concrete[chosen].unsavable()) is not None:
+        notes.append(f"{why}, so that nothing is saved; a run that ends early starts from the first step")
     memory = {key: room.memory(one, micro) for key, one in concrete.items()}
     return Plan(
         topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), _lr(config, notes),

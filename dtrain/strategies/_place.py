@@ -68,7 +68,10 @@ def make_state(
 
 
 class LossScale:
-    """Dynamic scale of the loss for fp16: halved on overflow, doubled after a while without (arXiv 1710.03740)."""
+    """Dynamic scale of the loss for fp16: halved on overflow, doubled after a while without (arXiv 1710.03740).
+
+    It changes at the very steps at which DeepSpeed's does: by the good steps that there were before the present one.
+    """
 
     def __init__(self, *, enabled: bool, start: float = 2.0**16, grow_after: int = 1000) -> None:
         self.value = start if enabled else 1.0
@@ -88,9 +91,9 @@ class LossScale:
         if not self._enabled:
             return False
         if math.isfinite(norm):
-            self._good += 1
-            if self._good % self._grow_after == 0:
+            if self._good and self._good % self._grow_after == 0:
                 self.value *= 2.0
+            self._good += 1
             return False
         self._good = 0
         self.value /= 2.0

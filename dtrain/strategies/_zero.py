@@ -36,7 +36,7 @@ _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 class _ZeRO(AbstractStrategy):
     def __init__(self, spec: ZeRO, world: World, device: torch.device, optim: Optim) -> None:
         self._spec, self._world, self._device, self._optim = spec, world, device, optim
-        self.resumable = not self._on_nvme
+        self._on_nvme = bool(spec.on_nvme())
         self._deepspeed = _import_deepspeed(world, on_nvme=self._on_nvme)
 
     def wrap(self, bundle: ModelBundle) -> None:
@@ -55,10 +55,6 @@ class _ZeRO(AbstractStrategy):
         if not self._on_nvme:
             fill(self.shards(), bundle.weights)
             self.refresh()
-
-    @property
-    def _on_nvme(self) -> bool:
-        return "nvme" in (self._spec.offload_optimizer, self._spec.offload_param)
 
     def _partition(
         self, module: nn.Module, weights: AbstractWeights, config: dict[str, Any], dtype: torch.dtype
@@ -137,18 +133,14 @@ class _ZeRO(AbstractStrategy):
     def counters(self) -> dict[str, float]:
         said: dict[str, float] = {"updates": updates_of(self._zero.optimizer)}
         if self._optim.precision == "fp16":
-            scaler = self._zero.loss_scaler
-            good = scaler.cur_iter - scaler.last_overflow_iter - 1
-            said |= {"loss_scale": scaler.cur_scale, "good_steps": good}
+            said |= scale_counters(self._zero.loss_scaler)
         return said
 
     def restore(self, counters: Mapping[str, float]) -> None:
         zero = self._zero
         make_state(zero.optimizer, self._flats(), self._optim.spec.state_names, int(counters["updates"]))
         if self._optim.precision == "fp16" and "loss_scale" in counters:
-            scaler = zero.loss_scaler
-            scaler.cur_scale = counters["loss_scale"]
-            scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"]) - 1
+            restore_scale(zero.loss_scaler, counters)
 
     def _flats(self) -> list[torch.Tensor]:
         """The flat tensors that the optimizer updates."""
@@ -232,6 +224,16 @@ class _ZeRO(AbstractStrategy):
             "communication_data_type": "fp32",
             "steps_per_print": 2**31,
         }
+
+
+def scale_counters(scaler: Any) -> dict[str, float]:
+    """Of DeepSpeed's DynamicLossScaler, as `LossScale` counts."""
+    return {"loss_scale": scaler.cur_scale, "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
+
+
+def restore_scale(scaler: Any, counters: Mapping[str, float]) -> None:
+    scaler.cur_scale = counters["loss_scale"]
+    scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"]) - 1
 
 
 def _shaped(state: object, like: torch.Tensor) -> bool:

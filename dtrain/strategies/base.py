@@ -63,8 +63,6 @@ class AbstractStrategy(ABC):
 
     module: nn.Module
     """What is called with a batch."""
-    resumable: bool = True
-    """Whether `shards` shows the whole training state, so that it can be saved."""
 
     @abstractmethod
     def wrap(self, bundle: ModelBundle) -> None:
@@ -83,12 +81,12 @@ class AbstractStrategy(ABC):
 
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
-        """What this rank owns of every trainable parameter; used to save and to load."""
+        """What this rank owns of every trainable parameter, to save and to load; not where the spec is `unsavable`."""
 
     @abstractmethod
     def counters(self) -> dict[str, float]:
         """What is part of no shard, the same on all ranks: `updates` taken by the optimizer; in fp16 `loss_scale`, and
-        `good_steps` since it was last changed.
+        `good_steps` since the last overflow.
         """
 
     @abstractmethod

@@ -80,7 +80,7 @@ class ZeRO(StrategySpec):
                     found.append(f"strategy.{key}={value}: only for stage 3, not {self.stage}; use strategy=zero3")
         if self.stage == 1 and self.overlap_comm:
             found.append("strategy.overlap_comm=True: only for stages 2 and 3")
-        nvme = [key for key in ("offload_optimizer", "offload_param") if getattr(self, key) == "nvme"]
+        nvme = self.on_nvme()
         if nvme and not self.nvme_path:
             found.append(f"strategy.{nvme[0]}=nvme: strategy.nvme_path is not given; name a folder on a local disk")
         if self.offload_optimizer == "nvme" and self.stage != 3:
@@ -88,6 +88,14 @@ class ZeRO(StrategySpec):
                 f"strategy.offload_optimizer=nvme: only for stage 3, not {self.stage}; use cpu, or strategy=zero3"
             )
         return found
+
+    def on_nvme(self) -> list[str]:
+        """The keys that keep something there."""
+        return [key for key in ("offload_optimizer", "offload_param") if getattr(self, key) == "nvme"]
+
+    def unsavable(self) -> str | None:
+        nvme = self.on_nvme()
+        return f"strategy.{nvme[0]}=nvme: DeepSpeed alone reads and writes what it keeps there" if nvme else None
 
     def misfits(self, topology: Topology, device: Device) -> list[str]:
         found = []
