@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.datasets._lines import unpacked
 from dtrain.datasets._values import without_nulls
 from dtrain.errors import DataError
 
@@ -21,11 +20,13 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with unpacked(file) as opened:
-        try:
-            yield from _numbered(pq.ParquetFile(opened, pre_buffer=False).iter_batches(batch_size=_ROWS))
-        except pa.ArrowException as error:
-            raise DataError(f"{file}: not Parquet that can be read: {error}") from error
+    try:
+        with pq.ParquetFile(file, pre_buffer=False) as opened:
+            yield from _numbered(opened.iter_batches(batch_size=_ROWS))
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not Parquet that can be read: {error}") from error
 
 
 def arrow_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,6 +18,8 @@ FORMATS = {
     ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".txt": "text", ".text": "text",
 }  # fmt: skip
 """By ending. Others need `dataset.format`."""
+COLUMNAR = ("parquet", "arrow")
+"""Formats that are read from any place in the file, and have no text encoding."""
 _TEXTS_BY_NAME = {".md": "text", ".rst": "text"}
 """Endings of texts that often only explain what else is in a folder: read where they are named."""
 _SAVED = ("dataset_info.json", "state.json")
@@ -28,9 +30,11 @@ _AT_EACH_END = 2**20
 
 
 def format_of(file: Path) -> str | None:
-    """By its ending, without that of a packed file; None where it says nothing."""
-    suffix = Path(file.stem).suffix if file.suffix.lower() in PACKED else file.suffix
-    return FORMATS.get(suffix.lower()) or _TEXTS_BY_NAME.get(suffix.lower())
+    """By its ending, without that of a packed file; None where it says nothing, or such a file is not read packed."""
+    packed = file.suffix.lower() in PACKED
+    suffix = (Path(file.stem).suffix if packed else file.suffix).lower()
+    found = FORMATS.get(suffix) or _TEXTS_BY_NAME.get(suffix)
+    return None if packed and found in COLUMNAR else found
 
 
 def find(names: Sequence[str], *, any_ending: bool) -> tuple[list[Path], Counter[str], list[str]]:

@@ -11,7 +11,7 @@ from dtrain.config.spec import DatasetSpec, OnBadRow
 from dtrain.datasets.base import Skipped
 from dtrain.errors import DataError
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<![\w-])\d+")
 
 
 class BadRowError(DataError):

@@ -13,15 +13,13 @@ from pydantic import Field
 from dtrain.config.spec import spec
 from dtrain.datasets._columnar import arrow_rows, parquet_rows
 from dtrain.datasets._csv import csv_rows, find_delimiter
-from dtrain.datasets._find import digest, find, format_of
+from dtrain.datasets._find import COLUMNAR, digest, find, format_of
 from dtrain.datasets._json import json_file, json_lines
 from dtrain.datasets._lines import check_encoding, find_encoding
 from dtrain.datasets._text import Unit, find_unit, text_rows
 from dtrain.datasets.badrows import BadRowError
 from dtrain.datasets.table import AbstractTable, Found
 from dtrain.errors import DataError
-
-_COLUMNAR = ("parquet", "arrow")
 
 
 @spec
@@ -105,7 +103,7 @@ class Files(AbstractTable):
     def _look_at(self, files: Sequence[Path]) -> Iterator[_File]:
         for path in files:
             kind = self._format(path)
-            encoding = "" if kind in _COLUMNAR else self._encoding(path)
+            encoding = "" if kind in COLUMNAR else self._encoding(path)
             yield _File(path, kind, encoding, self._delimiter(path, kind, encoding))
 
     def _format(self, file: Path) -> str:

@@ -13,6 +13,7 @@ def test_reasons_are_without_details_and_numbers():
     assert BadRowError("not JSON: Expecting value at column 3").reason == "not JSON"
     assert BadRowError("message 12 is a list instead of an object").reason == "message N is a list instead of an object"
     assert BadRowError("`text` is empty").reason == "`text` is empty"
+    assert BadRowError("not GB18030: byte 3").reason == "not GB18030"
 
 
 def test_counts_by_reason_with_the_first_places():

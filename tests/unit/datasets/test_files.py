@@ -420,6 +420,9 @@ def test_parquet_and_arrow(tmp_path):
         assert found[-1].messages == rows[0]["messages"]  # without the nulls that each message has for each key
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
         assert "that can be read" in problems(tmp_path / name)[0]
+        packed = write(tmp_path / f"{name}.gz", gzip.compress(b"PAR1"))
+        assert "no ending there tells a format" in Files(path=str(packed)).problems()[0]
+        assert "that can be read" in problems(packed, format="parquet" if "parquet" in name else "arrow")[0]
     pq.write_table(pa.table({"text": ["a", None, ""]}), tmp_path / "d.parquet")
     assert problems(tmp_path / "d.parquet")[1:] == [
         "F:row 2: `text` is null instead of a string",
