@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from dtrain.verbs._data_pieces import Piece, visible
 
 if TYPE_CHECKING:
     from dtrain.data.rows import Row
+    from dtrain.data.store import AbstractStore
 
 _TRAINED, _FAINT, _BOLD, _PLAIN = "\x1b[30;42m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 _MARKS = (("[[", "]]"), ("{{{", "}}}"), ("⟦", "⟧"), ("<<<[", "]>>>"))
@@ -25,10 +27,19 @@ class Shown(NamedTuple):
     """What is put behind its tokens."""
 
 
-def title(i: int, of: int, part: str, row: Row) -> str:
+def title(i: int, store: AbstractStore, part: str, row: Row) -> str:
     num, trained, documents = len(row.tokens), row.num_targets, len(row.lengths)
-    return (f"row {i} of {of:,} to {'train on' if part == 'train' else 'evaluate on'}: {num:,} tokens ({trained:,} "
-            f"trained, {num - trained:,} context) in {documents:,} document{'s' if documents > 1 else ''}")  # fmt: skip
+    use = "train on" if part == "train" else "evaluate on"
+    return (f"row {i} of {len(store):,} to {use}{_source(i, store)}: {num:,} tokens ({trained:,} trained, "
+            f"{num - trained:,} context) in {documents:,} document{'s' if documents > 1 else ''}")  # fmt: skip
+
+
+def _source(i: int, store: AbstractStore) -> str:
+    """Of a mixture, from which a row is."""
+    if len(store.sources) == 1:
+        return ""
+    ends = list(accumulate(map(len, store.sources.values())))
+    return f", from {list(store.sources)[bisect(ends, i)]}"
 
 
 def border(k: int, document: Sequence[Piece], of: int) -> str:

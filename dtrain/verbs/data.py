@@ -46,7 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     stats = parser.add_argument_group("stats")
     stats.add_argument("--json", action="store_true", default=None, help="one JSON object; the rest goes to stderr")
     stats.add_argument("--png", type=Path, metavar="FILE", help="draw the lengths of the documents")
-    check = parser.add_argument_group("check", "each limit a share, such as 1%%, or a number")
+    check = parser.add_argument_group("check", "each limit a share, such as 1%, or a number")
     for option, (standard, what) in OPTIONS.items():
         check.add_argument(option, type=limit, metavar="LIMIT", help=f"{what} ({standard})".replace("%", "%%"))
     groups = {"preview": preview, "stats": stats, "check": check}
@@ -144,9 +144,9 @@ def _shown(opened: Opened, part: Part, *, rows: int | None, row: int | None) -> 
         raise UserError(f"--row {row}: there are rows 0 to {len(store) - 1}")
     pad = f"token {prepared.pad_id}, {tokenizer.decode([prepared.pad_id])!r}"
     found = []
-    for i in range(min(rows or _ROWS, len(store))) if row is None else [row]:
+    for i in store.first(rows or _ROWS).tolist() if row is None else [row]:
         one = store.row(i)
         short = prepared.max_length - len(one.tokens)
         padding = f"{pad}, to the longest row of its micro-batch; {short:,} tokens below dataset.max_length"
-        found.append(Shown(title(i, len(store), part, one), one, list(documents(one, tokenizer)), padding))
+        found.append(Shown(title(i, store, part, one), one, list(documents(one, tokenizer)), padding))
     return found
