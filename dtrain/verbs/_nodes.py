@@ -39,8 +39,8 @@ def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int:
     print(describe(proposal.config, proposal.plan), flush=True)
     _say(f"{socket.gethostname()} leads")
     with leader.beating():
-        prepared = launch.prepare_all(proposal)
-    return launch.tell(launch.train(run, proposal, prepared, leader), run)
+        prepared, settled = launch.prepare_all(proposal)
+    return launch.tell(launch.train(run, proposal, prepared, settled, leader), run)
 
 
 def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:

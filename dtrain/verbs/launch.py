@@ -94,9 +94,9 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     if args.dry_run:
         return _show_command(run, proposal)
     check_folder(run)
-    ready = prepare_all(proposal)
+    prepared, settled = prepare_all(proposal)
     with run.lock(note=say):
-        outcome = train(run, proposal, ready)
+        outcome = train(run, proposal, prepared, settled)
     return tell(outcome, run)
 
 
@@ -123,9 +123,10 @@ def check_folder(run: RunDir) -> None:
     check(run.checkpoints)  # it may be a link to another disk
 
 
-def prepare_all(proposal: Proposal) -> Prepared:
-    """Fetch, make or find what the ranks read."""
+def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
+    """Fetch, make or find what the ranks read, and settle by it what was open."""
     from dtrain.data.prepare import prepare
+    from dtrain.plan.settle import settle
 
     config = proposal.config
     cache = Path(config.run.cache) if config.run.cache else Path(config.run.dir) / ".cache"
@@ -134,12 +135,13 @@ def prepare_all(proposal: Proposal) -> Prepared:
     for line in prepared.lines():
         say(line)
     say(f"objective: {type(prepared.objective).__name__.lower()}")
-    return prepared
+    return prepared, settle(config, proposal.plan, proposal.strategies, prepared.objective, prepared.num_rows)
 
 
-def train(run: RunDir, proposal: Proposal, prepared: Prepared, leader: Leader | None = None) -> Outcome:
-    """Settle, go on from where there is something, start every rank and see them through. To be called by the
-    holder of the run's lock.
+def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
+          leader: Leader | None = None) -> Outcome:  # fmt: skip
+    """Go on from where there is something, start every rank and see them through. To be called by the holder of the
+    run's lock.
 
     With `leader`, other machines start theirs too.
     """
@@ -148,11 +150,9 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, leader: Leader | 
     from dtrain.config.schema import seconds
     from dtrain.data.tokenizer import tokenizer_digest
     from dtrain.launchers.supervise import deadline_of, supervise
-    from dtrain.plan.settle import settle
     from dtrain.verbs import _requeue
 
-    config, plan = proposal.config, proposal.plan
-    settled = settle(config, plan, proposal.strategies, prepared.objective, prepared.num_rows)
+    plan = proposal.plan
     _warn_of_room(run, settled, plan.checkpoint_bytes)
     said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets)
     clean(run)
@@ -213,7 +213,8 @@ def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prep
         name=run.name, strategy=plan.strategy, size=plan.topology.size, steps=settled.train.steps,
         topology=dataclasses.asdict(plan.topology), device=plan.device, config_digest=frozen.digest(settled),
         data={"dir": str(prepared.dir), "assets": str(prepared.assets), "digest": prepared.digest,
-              "rows": prepared.num_rows, "eval_rows": prepared.num_eval_rows, "counts": prepared.counts},
+              "rows": prepared.num_rows, "eval_rows": prepared.num_eval_rows, "counts": prepared.counts,
+              "by_source": prepared.by_source, "first": prepared.first},
         identity=dict(identity), resume=[str(path) for path in start.candidates] if start else [],
         notes=list(plan.notes), **versions(),
     )  # fmt: skip
