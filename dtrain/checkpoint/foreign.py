@@ -206,24 +206,30 @@ def write(source: Source, to: Path, *, step: int, samples: int) -> Manifest:
             for name, shape in source.shapes.items() for state in (WEIGHT, *source.states)}  # fmt: skip
     shapes = {key: source.shapes[name] for key, (name, _) in keys.items()}
     _check_room(to, sum(4 * math.prod(shape) for shape in shapes.values()))
-    files = {}
-    with whole_folder(to) as making:
-        for i, group in enumerate(plan_shards(shapes, "fp32", FILE_BYTES)):
-            entries = {key: Entry("F32", shapes[key]) for key in group}
-            chunks = _chunks(header(entries), source, [keys[key] for key in group])
-            files[file_name(i)] = write_chunks(making / file_name(i), chunks)
-        made = Manifest(
-            step=step,
-            progress={"step": step, "samples": samples},
-            counters={"updates": step if source.updates is None else source.updates},
-            parameters={name: Parameter(tuple(shape), (WEIGHT, *source.states), name)
-                        for name, shape in source.shapes.items()},
-            tied=source.tied, metrics={}, identity={}, config={},
-            made_by={"imported": str(source.path.absolute()), "kind": source.kind, "time": utc()},
-            files=files,
-        )  # fmt: skip
-        (making / manifest.NAME).write_bytes(manifest.dump(made))
+    try:
+        with whole_folder(to) as making:
+            files = {}
+            for i, group in enumerate(plan_shards(shapes, "fp32", FILE_BYTES)):
+                entries = {key: Entry("F32", shapes[key]) for key in group}
+                chunks = _chunks(header(entries), source, [keys[key] for key in group])
+                files[file_name(i)] = write_chunks(making / file_name(i), chunks)
+            made = dataclasses.replace(_describe(source, step, samples), files=files)
+            (making / manifest.NAME).write_bytes(manifest.dump(made))
+    except OSError as error:
+        raise CheckpointError(f"{to}: cannot be written ({error.strerror})") from None
     return made
+
+
+def _describe(source: Source, step: int, samples: int) -> Manifest:
+    """All but the files."""
+    parameters = {
+        name: Parameter(tuple(shape), (WEIGHT, *source.states), name) for name, shape in source.shapes.items()
+    }
+    return Manifest(
+        step=step, progress={"step": step, "samples": samples}, parameters=parameters, tied=source.tied, metrics={},
+        counters={"updates": step if source.updates is None else source.updates}, identity={}, config={},
+        made_by={"imported": str(source.path.absolute()), "kind": source.kind, "time": utc()},
+    )  # fmt: skip
 
 
 def _chunks(head: bytes, source: Source, of: Sequence[tuple[str, str]]) -> Iterator[bytes | memoryview]:

@@ -225,6 +225,13 @@ def test_damage_is_told(source: Path, tmp_path: Path) -> None:
         open_source(source)
 
 
+def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTRAIN_FAIL", "ckpt.mid:full:after=3")
+    with pytest.raises(CheckpointError, match=r"to: cannot be written \(No space left on device\)"):
+        write(open_source(source), tmp_path / "to", step=1, samples=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 def test_the_verb(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     to = str(tmp_path / "to")
     argv = ["ckpt", "import", str(source), "--to", to]
