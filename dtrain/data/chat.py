@@ -57,10 +57,10 @@ class ChatTemplate:
         """Whether it says itself, by `{% generation %}`, what the assistant wrote."""
         self.variables = frozenset(meta.find_undeclared_variables(tree))
         """What it asks for from outside: `messages`, `tools`, `eos_token`."""
-        self.calls = any(node.attr == "tool_calls" for node in tree.find_all(nodes.Getattr)) or any(
-            node.value == "tool_calls" for node in tree.find_all(nodes.Const)
-        )
-        """Whether it writes calls of tools."""
+        self.words = {node.attr for node in tree.find_all(nodes.Getattr)} | {
+            node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)
+        }
+        """Keys that it may look for in messages, among other things: `tool_calls`, `reasoning_content`."""
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Messages, tools: Tools = None, *, add_generation_prompt: bool = False) -> str:
@@ -80,23 +80,34 @@ class ChatTemplate:
 
     def _render(self, messages: Messages, tools: Tools, *, prompt: bool) -> str:
         shown = [_shown(message, i) for i, message in enumerate(messages)]
-        if tools and "tools" not in self.variables:
-            raise DataError(f"template: the rows have tools, which the chat template in {self.origin} does not write; "
-                            f"{_writes('tools')}, or leave the tools out of the rows")  # fmt: skip
-        if not self.calls and any(message.get("tool_calls") for message in shown):
-            raise DataError(f"template: the rows have calls of tools, which the chat template in {self.origin} does "
-                            f"not write; {_writes('tool_calls')}")  # fmt: skip
+        self._check(shown, tools)
         try:
             return self._template.render(messages=shown, tools=tools or None, documents=None,
                                          add_generation_prompt=prompt, **self._special_tokens)  # fmt: skip
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, jinja2.UndefinedError) and "strftime_now" in str(error):
+                raise DataError(f"template: the one in {self.origin} writes today's date, and other rows tomorrow; put "
+                                f"a date there in a copy, and type template.file=COPY") from error  # fmt: skip
             raise BadRowError(f"the chat template refuses these messages: {error}") from error
 
+    def _check(self, shown: Messages, tools: Tools) -> None:
+        """Raises DataError for what the rows have and the template has no word for: it would be left out unseen."""
+        for what, key, found in (
+            ("tools", "tools", tools and "tools" not in self.variables),
+            ("calls of tools", "tool_calls", "tool_calls" not in self.words and _any_has(shown, "tool_calls")),
+            (_REASONING[0], _REASONING[0], not self.words & {*_REASONING} and _any_has(shown, _REASONING[0])),
+        ):
+            if found:
+                names = [
+                    each for each in choices()["template"] if key in group_choice("template", each).get("text", "")
+                ]
+                raise DataError(f"template: the rows have {what}, which the chat template in {self.origin} does not "
+                                f"write; type {' or '.join(f'template={each}' for each in names)}, or leave them out "
+                                f"of the rows")  # fmt: skip
 
-def _writes(word: str) -> str:
-    """What to type for a template of dtrain that knows of it."""
-    names = [name for name in choices()["template"] if word in group_choice("template", name).get("text", "")]
-    return f"type {' or '.join(f'template={name}' for name in names)}"
+
+def _any_has(messages: Messages, key: str) -> bool:
+    return any(message.get(key) for message in messages)
 
 
 def _shown(message: Mapping[str, Any], i: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, final
 
 from dtrain.data.chat import ChatTemplate, Messages, Span, Tools
 from dtrain.datasets.badrows import BadRowError
+from dtrain.errors import DataError
 
 _SALT = f"Qz{os.urandom(8).hex()}"
 """Of letters and digits, so that no filter of a template changes it; content cannot hold it, as it differs in each
@@ -41,7 +42,7 @@ class Turns:
         Raises BadRowError, naming the message, where they cannot be told from the rest.
         """
         text, marks = self.template.render_marked(messages, tools)
-        rendered = _Rendered(self.template, messages, tools, text)
+        rendered = _Rendered.of(self.template, messages, tools, text, self._surplus)
         rendered.check_all_there()
         said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         found: list[Span] = []
@@ -92,11 +93,9 @@ class Turns:
             span = self._closed(rendered, i, marks[said.index(i)]) if len(marks) == len(said) else None
             if span is not None and self._ends(rendered, i, *span):
                 return [span]
-            raise BadRowError(
-                f"message {i + 1} cannot be masked: the chat template writes the conversation up to it in another way "
-                f"than in the whole; mark the assistant's part of the template with {{% generation %}}, or choose "
-                f"another with template="
-            )
+            raise BadRowError(f"message {i + 1} cannot be masked: {rendered.why(i)}; choose another with template=, or "
+                              f"mark in this one what the assistant writes, with {{% generation %}}"
+                              + "; objective.train_on=last_turn needs only the last" * (i < said[-1]))  # fmt: skip
         if not self.template.marked:
             return [region]
         start, end = region
@@ -109,6 +108,8 @@ class Turns:
         return inside
 
     def _region(self, rendered: _Rendered, i: int) -> Span | None:
+        if self._surplus is None and i + 1 == len(rendered.messages):
+            return None
         region = rendered.strict(i) or rendered.synced(i, self._special)
         return None if region is None else self._closed(rendered, i, region)
 
@@ -127,7 +128,7 @@ class Turns:
             return False
         if not _content(rendered.messages[i]).rstrip().endswith(self._special):
             return True
-        return rendered.text[rendered.end_of_content(i) or start : end].rstrip().endswith(self._special)
+        return rendered.text[rendered.ends_of_content(i).get(i, start) : end].rstrip().endswith(self._special)
 
     def _content(self, rendered: _Rendered, i: int) -> Span:
         """Of a message of someone else: its content, and a token right after it at which generation stops."""
@@ -152,15 +153,37 @@ class Turns:
         return bool(self._probes)
 
     @cached_property
+    def _surplus(self) -> str | None:
+        """What the template writes after the last turn and not after others, such as a token that ends the text; None
+        where it is more than that, so that it is not known how far the turn goes.
+        """
+        try:
+            text = self.template.render(_TWO_TURNS)
+        except DataError:
+            return ""
+        rendered = _Rendered.of(self.template, _TWO_TURNS, None, text, None)
+        ends = rendered.ends_of_content(1, 3)
+        if len(ends) < 2:
+            return ""
+        before, last = text[ends[1] :].lstrip(), text[ends[3] :].strip()
+        if before.startswith(last):
+            return ""
+        end = max((token for token in self._special if last.startswith(token) and before.startswith(token)), key=len,
+                  default="")  # fmt: skip
+        rest = last[len(end) :].lstrip()
+        return rest if end and rest in self._special else None
+
+    @cached_property
     def _probes(self) -> list[_Rendered]:
         found = []
         for messages, tools in _PROBES:
-            if tools and not ("tools" in self.template.variables and self.template.calls):
+            if tools and not ("tools" in self.template.variables and "tool_calls" in self.template.words):
                 continue
             try:
-                found.append(_Rendered(self.template, messages, tools, self.template.render(messages, tools)))
-            except BadRowError:  # a template may have no word for a role or an order
+                text = self.template.render(messages, tools)
+            except DataError:  # a template may have no word for a role or an order; the rows will tell
                 continue
+            found.append(_Rendered.of(self.template, messages, tools, text, self._surplus))
         return found
 
 
@@ -170,6 +193,13 @@ class _Rendered:
     messages: Messages
     tools: Tools
     text: str
+    """Up to the end of the last turn."""
+    surplus: str
+    """What stands only after the last turn."""
+
+    @classmethod
+    def of(cls, template: ChatTemplate, messages: Messages, tools: Tools, text: str, surplus: str | None) -> _Rendered:
+        return cls(template, messages, tools, text.removesuffix(surplus or ""), surplus or "")
 
     def said(self) -> list[int]:
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
@@ -178,7 +208,7 @@ class _Rendered:
         """Raises BadRowError for a message that the template leaves out."""
         for i, message in enumerate(self.messages):
             content = _content(message).strip()
-            if content and content not in self.text and self.end_of_content(i) is None:
+            if content and content not in self.text and not self._writes(i):
                 raise BadRowError(f"message {i + 1} is not in the text: the chat template leaves out what role "
                                   f"`{message['role']}` says; choose another with template=")  # fmt: skip
 
@@ -200,20 +230,30 @@ class _Rendered:
         start = (marks[i - 1] if i else 0) + len(header)
         if not self.text.startswith(header, start - len(header)) or start > marks[i]:
             return None
-        if i + 1 == len(self.messages):
-            return start, len(self.text)
         footer = self._tail(i + 1, prompt=False)
         if footer is None:
             return None
         if not self.text.startswith(footer, marks[i]):  # the white space after a turn may depend on what follows
             footer = footer.rstrip()
-        if not (self.text.startswith(footer, marks[i]) and footer.rstrip().endswith(special)):
-            return None
+            if not (self.text.startswith(footer, marks[i]) and footer.endswith(special)):
+                return None
         return start, marks[i] + len(footer)
 
-    def end_of_content(self, i: int) -> int | None:
-        """Or of its calls; None where the template does not write it."""
-        return self._marks(self._with_marks(i)).get(i)
+    def why(self, i: int) -> str:
+        """What keeps message i from being found."""
+        header = self._tail(i, prompt=True)
+        if header is None:
+            return "the chat template refuses the messages before it alone, or changes what they say"
+        before = self.ends_of_content(i - 1).get(i - 1) if i else 0
+        if before is None:
+            return "the chat template changes what the message before it says"
+        if not self.text.startswith(header, before):
+            return f"the chat template asks for an answer by {header[-40:]!r}, and writes the turn without that"
+        return "the chat template writes more, or something else, at the end of the last turn than of those before"
+
+    def ends_of_content(self, *at: int) -> dict[int, int]:
+        """Where messages end, or their calls; without those that the template does not write as they are."""
+        return self._marks(self._with_marks(*at))
 
     def content(self, i: int) -> Span | None:
         """Where the content of message i stands, without white space at its ends that the template takes away."""
@@ -228,6 +268,13 @@ class _Rendered:
                 if len(marks) == 2 and marks[0] <= marks[1]:
                     return marks[0], marks[1]
         return None
+
+    def _writes(self, i: int) -> bool:
+        """Whether anything of the content of message i is in the text, rewritten as it may be."""
+        only_content = {key: value for key, value in self.messages[i].items() if key != "tool_calls"}
+        marked = _marked(only_content, i)["content"]
+        text = self._try([*self.messages[:i], {**self.messages[i], "content": marked}, *self.messages[i + 1 :]])
+        return text is not None and _mark(i) in text
 
     def _tail(self, num: int, *, prompt: bool) -> str | None:
         """What the first `num` messages alone have after the mark in the last of them."""
@@ -257,10 +304,12 @@ class _Rendered:
         return [_marked(message, i) if i in at else message for i, message in enumerate(self.messages)]
 
     def _try(self, messages: Messages, *, prompt: bool = False) -> str | None:
+        """Up to where the last of these messages ends, or with the prompt for another."""
         try:
-            return self.template.render(messages, self.tools, add_generation_prompt=prompt)
+            text = self.template.render(messages, self.tools, add_generation_prompt=prompt)
         except BadRowError:
             return None
+        return text if prompt else text.removesuffix(self.surplus)
 
 
 def _content(message: Mapping[str, Any]) -> str:
@@ -296,8 +345,9 @@ _ASKED, _MORE = _said("user", "alpha one"), _said("user", "gamma three")
 _TOOL = {"type": "function", "function": {"name": "weigh", "description": "weighs", "parameters": {
     "type": "object", "properties": {"what": {"type": "string"}}, "required": ["what"]}}}  # fmt: skip
 _CALL = {"type": "function", "function": {"name": "weigh", "arguments": {"what": "delta"}}}
+_TWO_TURNS = [_ASKED, _said("assistant", "beta two"), _MORE, _said("assistant", "delta four")]
 _PROBES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]] | None], ...] = (
-    ([_ASKED, _said("assistant", "beta two"), _MORE, _said("assistant", "delta four")], None),
+    (_TWO_TURNS, None),
     ([_said("system", "zeta"), _ASKED, _said("assistant", "beta two")], None),
     ([_ASKED, _said("assistant", "<think>\nhm\n</think>\n\nbeta"), _MORE,
       _said("assistant", "<think>\nwell\n</think>\n\ndelta")], None),

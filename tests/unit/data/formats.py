@@ -43,6 +43,8 @@ def qwen(messages, tools=None):
             calls = [f'<tool_call>\n{{"name": {dumps(call["name"])}, "arguments": {dumps(call["arguments"])}}}\n</tool_call>'
                      for call in calls_of(message)]  # fmt: skip
             yield "<|im_start|>assistant\n", None
+            if message.get("reasoning_content"):
+                yield f"<think>\n{message['reasoning_content']}\n</think>\n\n", i
             yield "\n".join([*([content] if content or not calls else []), *calls]) + "<|im_end|>", i
             yield "\n", None
         elif message["role"] == "tool":
@@ -164,4 +166,4 @@ WRITERS = {
     "alpaca": alpaca,
     "plain": plain,
 }
-WITH_TOOLS = {"qwen", "llama3", "mistral"}
+WITH_TOOLS, WITH_REASONING = {"qwen", "llama3", "mistral"}, {"qwen"}

@@ -39,7 +39,7 @@ def learned(source, messages, which=None, tools=None):
 FEATURES = """
 {%- for m in messages -%}
   {%- if m.role == 'skip' %}{% continue %}{% endif -%}
-  {{ m | tojson }}{{ {'a': ['<b>', 'é']} | tojson(indent=2) }}
+  {{ m | tojson }}{{ m.reasoning_content }}{{ {'a': ['<b>', 'é']} | tojson(indent=2) }}
   {%- if tools is none and documents is none %} none{% endif %}
   {% set ns = namespace(n=loop.index0) %}{{ ns.n }} {{ eos_token }}{{ pad_token is defined }}{{ sep_token is defined }}
     {% if loop.last %}
@@ -177,12 +177,65 @@ def test_the_system_message_in_the_last_message_of_the_user():
     assert learned(source, messages, [True, True, True, True, True]) == ["q", " a<|eos|>", "be kind", "r", " b<|eos|>"]
 
 
+def test_a_text_that_ends_with_more_than_the_turn():
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" \
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|eos|>{% endif %}"  # fmt: skip
+    assert learned(source, said("q", "a", "r", "b")) == ["a<|im_end|>", "b<|im_end|>"]
+    assert learned(source, said("q", "a")) == ["a<|im_end|>"]
+    assert turns_of(source).spans(said("q", "a"), [False, True])[0].endswith("a<|im_end|>\n<|eos|>")
+    assert list(turns_of(source).notes()) == []
+    assert list(dict.fromkeys(turns_of(source).ends())) == ["<|im_end|>"]
+    always = source.replace("{% if add_generation_prompt %}", "").replace("{% else %}<|eos|>{% endif %}", "")
+    with pytest.raises(
+        BadRowError, match="message 2 cannot be masked: the chat template writes more, or something else, at the end"
+    ):
+        learned(always, said("q", "a"))
+
+
+def test_a_row_of_which_only_the_last_turn_can_be_told():
+    source = QWEN3.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
+    assert source != QWEN3
+    messages = said("q", "a", "r", "b")
+    with pytest.raises(BadRowError) as caught:
+        learned(source, messages)
+    assert "message 2 cannot be masked: the chat template asks for an answer by" in str(caught.value)
+    assert "assistant\\n<think>\\n', and writes the turn without that" in str(caught.value)
+    assert str(caught.value).endswith("objective.train_on=last_turn needs only the last")
+    assert learned(source, messages, [False, False, False, True]) == ["\n</think>\n\nb<|im_end|>"]
+
+
+def test_turns_that_the_next_header_ends():
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}" \
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # fmt: skip
+    assert learned(source, said("q", "a ", "r", "b")) == ["a ", "b"]
+    rewriting = source.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
+    assert learned(rewriting, said("q", "<think>hm</think>a", "r", "b")) == ["a", "b"]
+
+
 def test_a_message_that_the_template_leaves_out_is_refused():
     source = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(
         BadRowError, match="message 1 is not in the text: the chat template leaves out what role `system`"
     ):
         learned(source, said(("system", "be kind"), ("user", "q"), ("assistant", "a")))
+    calling = "{% for m in messages %}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(
+        BadRowError, match="message 2 is not in the text: the chat template leaves out what role `assistant`"
+    ):
+        learned(calling, [*said("q"), {"role": "assistant", "content": "let me see", "tool_calls": [CALL]}])
+    with pytest.raises(
+        DataError,
+        match="the rows have reasoning_content, which the chat template in here does not write; type template=qwen",
+    ):
+        learned(CHATML, [*said("q"), {"role": "assistant", "content": "a", "reasoning_content": "hm"}])
+
+
+def test_a_template_that_needs_todays_date():
+    with pytest.raises(DataError, match="template: the one in here writes today's date, and other rows tomorrow"):
+        learned("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}", said("q", "a"))
+    assert (
+        list(turns_of("{{ strftime_now('%d') }}").notes()) == []
+    )  # a tokenizer with such a template reads texts all the same
 
 
 LOOP = "{% for m in messages %}" \

@@ -22,7 +22,7 @@ from dtrain.config.validate import validate_spec
 from dtrain.data.template import with_template
 from dtrain.data.tokenizer import TextTokenizer
 from tests.unit.data.fakes import SPECIAL, WORDS, write_tokenizer
-from tests.unit.data.formats import EOS, PROMPTS, WITH_TOOLS, WRITERS
+from tests.unit.data.formats import EOS, PROMPTS, WITH_REASONING, WITH_TOOLS, WRITERS
 
 NAMED = [name for name in choices()["template"] if name != "auto"]
 TOOL = {"type": "function", "function": {"name": "weigh", "description": "says what it weighs, in <|im_end|>",
@@ -56,9 +56,9 @@ class Conversation:
 
 
 @st.composite
-def conversations(draw: st.DrawFn, *, with_tools: bool) -> Conversation:
-    """Any number of turns, with or without a system message in front, the assistant's one or several in a row."""
-    tools = [TOOL] if with_tools and draw(st.booleans()) else None
+def conversations(draw: st.DrawFn, name: str) -> Conversation:
+    """As the template takes them: any number of turns, a system message in front or none, answers alone or in a row."""
+    tools = [TOOL] if name in WITH_TOOLS and draw(st.booleans()) else None
     messages = []
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(CONTENT)})
@@ -70,6 +70,8 @@ def conversations(draw: st.DrawFn, *, with_tools: bool) -> Conversation:
                 messages.append({"role": "assistant", "content": content, "tool_calls": draw(CALLS)})
                 messages += [{"role": "tool", "content": draw(CONTENT)} for _ in messages[-1]["tool_calls"]]
             messages.append({"role": "assistant", "content": draw(CONTENT)})
+            if name in WITH_REASONING and draw(st.booleans()):
+                messages[-1]["reasoning_content"] = draw(CONTENT)
     if draw(st.booleans()):
         learned = [message["role"] == "assistant" for message in messages]
     else:
@@ -153,7 +155,7 @@ def test_the_mask_with_other_tokenizers(tmp_path: Path, name: str, make: Callabl
     )
 
     @settings(FAST, max_examples=50)
-    @given(conversations(with_tools=name in WITH_TOOLS))
+    @given(conversations(name))
     def check(one: Conversation) -> None:
         pieces = list(WRITERS[name](one.messages, one.tools))
         whose = [piece[1] for piece in pieces for _ in piece[0]]
@@ -179,7 +181,7 @@ def test_the_mask_is_that_of_the_characters(tmp_path: Path, name: str, marked: b
     ]
 
     @FAST
-    @given(conversations(with_tools=name in WITH_TOOLS), st.sampled_from(tokenizers))
+    @given(conversations(name), st.sampled_from(tokenizers))
     def check(one: Conversation, tokenizer: TextTokenizer) -> None:
         pieces = list(WRITERS[name](one.messages, one.tools))
         text = "".join(text for text, _ in pieces)
@@ -199,7 +201,7 @@ def test_the_text_and_the_mask_are_those_of_transformers(tmp_path: Path, name: s
     template = ours._templates["default"].template
 
     @settings(FAST, max_examples=60)
-    @given(conversations(with_tools=name in WITH_TOOLS))
+    @given(conversations(name))
     def check(one: Conversation) -> None:
         plain = "".join(text for text, _ in WRITERS[name](one.messages, one.tools))
         for prompt in (False, True):
