@@ -99,7 +99,12 @@ class _One:
 
 
 def _pointing(folder: Path) -> list[str]:
-    return [name for name, target in retention.pointers(folder.parent).items() if target == folder.name]
+    return [name for name, target in _pointers(folder).items() if target == folder.name]
+
+
+def _pointers(folder: Path) -> dict[str, str]:
+    """Those beside it; none beside one that stands by itself, among files that have nothing to do with it."""
+    return {} if step_of(folder) is None else retention.pointers(folder.parent)
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -119,7 +124,7 @@ def _ls(args: argparse.Namespace) -> int:
         for problem in one.problems:
             print(f"step {one.step}: {problem}")
     root, known = ones[0].folder.parent, {one.folder.name for one in ones}
-    for name, target in retention.pointers(root).items():
+    for name, target in _pointers(ones[0].folder).items():
         if target not in known and not (root / target).is_dir():
             print(f"{root / name}: names {target!r}, which is not there")
     return 0

@@ -251,6 +251,11 @@ def test_the_verb(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"from {source} (torch.distributed.checkpoint)" in out
     assert "not known: nothing is compared" in out
     assert run(["ckpt", "verify", to]) == 0
+    (tmp_path / "notes").write_text("what lies beside it is no pointer")
+    assert run(["ckpt", "ls", to]) == 0
+    out = capsys.readouterr().out
+    assert "imported" in out
+    assert "no pointer" not in out
 
 
 def test_a_run_starts_from_it_and_hears_what_is_not_known(source: Path, tmp_path: Path) -> None:
