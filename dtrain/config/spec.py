@@ -38,6 +38,9 @@ OnLong = Literal["auto", "split", "truncate", "drop", "error"]
 """What becomes of an example of more than `max_length` tokens: cut into pieces, cut off at the end, left out, refused.
 `auto` splits a text, so that all of it is learned, and truncates anything else, whose pieces would lack their
 beginning. Each case is counted and told."""
+OnDry = Literal["stop", "repeat", "drop"]
+"""Where an epoch of a mixture ends, and what becomes of a source that has been seen whole before that: with the first
+that is (stop); with the last, the others starting again (repeat); with the last, the others being left out (drop)."""
 OnBadRow = Literal["error", "skip"]
 """What becomes of a row that cannot be used. Each is counted and told."""
 _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=False, allow_inf_nan=False)
@@ -135,6 +138,16 @@ class ModelSpec(AbstractSpec):
         """The module on the meta device, and where its weights come from. Holds no weights."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a mixture is made of."""
+
+    datasets: Mapping[str, DatasetSpec]
+    weights: Mapping[str, float]
+    """By tokens."""
+    on_dry: OnDry
+
+
 class DatasetSpec(AbstractSpec):
     group = "dataset"
     max_length: int
@@ -146,6 +159,14 @@ class DatasetSpec(AbstractSpec):
     def notes(self) -> list[str]:
         """How the rows are read, found by looking at the first of them, a line each. Raises DataError."""
         return []
+
+    def size(self) -> int | None:
+        """Bytes of text in all of it, about, to tell how long it will take; None where nobody knows."""
+        return None
+
+    def parts(self) -> Parts | None:
+        """The datasets that this one mixes, each of which is prepared by itself; none as a rule."""
+        return None
 
     @abstractmethod
     def examples(self) -> Iterator[Example]:

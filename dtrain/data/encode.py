@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from dtrain.config.spec import ObjectiveSpec, OnLong
+from dtrain.data.counts import CUT_OFF, CUT_OFF_LEARNED, READ, Counts
+from dtrain.data.documents import Documents, coded
 from dtrain.data.rows import Row
 from dtrain.data.tokenizer import TextTokenizer
 from dtrain.datasets.badrows import BadRowError, BadRows, LeftOutError
 from dtrain.datasets.base import Example, Skipped
 from dtrain.errors import DataError
 
-_CHUNK = 256
-_SAY_EVERY_S = 10.0
+CHUNK_CHARS = 256_000
+"""Text that a process encodes at a time."""
+SMALL_CHARS = 1_000_000
+"""Less is encoded here: to start processes takes longer."""
+MOST_PROCESSES = 16
+"""Each has a tokenizer of its own in memory, and one process reads for all."""
 _SKIPPED, _LEFT_OUT = "skipped: {}", "bad, left out: {}"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Documents:
-    rows: list[Row]
-    """Each one document, or a piece of one, of at most `max_length` tokens and with at least one target."""
-    shares: NDArray[np.float64]
-    """For each, a number in [0, 1) that only its document's text and the seed decide; the same for all pieces."""
-    counts: Counter[str]
-    """What became of the examples, by reason, in the words that a user reads."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,86 +43,213 @@ class Limit:
     """Never `auto`."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoder:
+    """From examples to documents, the same in every process."""
+
+    objective: ObjectiveSpec
+    load: Callable[[], TextTokenizer]
+    limit: Limit
+    seed: int
+
+    def encode(self, examples: list[Example], tokenizer: TextTokenizer) -> Encoded:
+        rows: list[Row] = []
+        shares: list[float] = []
+        done = Encoded(num_examples=len(examples))
+        for example in examples:
+            if isinstance(example, Skipped):
+                done.skip(example)
+                continue
+            done.counts.add(READ, example.source)
+            done.num_bytes += sum(len(text.encode()) for text in example.texts())
+            try:
+                row = self.objective.encode(example, tokenizer)
+                if not row.targets.any():
+                    raise BadRowError("no token to learn")
+                pieces = _fit(row, self.limit, example.source, done.counts)
+            except LeftOutError as error:
+                done.num_good += 1
+                done.counts.add(f"left out: {error}", example.source)
+                continue
+            except BadRowError as error:
+                done.refuse(example.source, error)
+                continue
+            done.num_good += 1
+            share = _share(example, self.seed)
+            for piece in pieces:
+                if piece.targets.any():
+                    rows.append(piece)
+                    shares.append(share)
+                else:
+                    done.counts.add("left out: no token to learn", example.source)
+        if rows:
+            done.codes = coded(np.concatenate([row.tokens for row in rows]), np.concatenate([r.targets for r in rows]))
+            done.lengths = np.array([len(row.tokens) for row in rows], np.int32)
+            done.shares = np.array(shares, np.float64)
+        return done
+
+
+@dataclasses.dataclass(slots=True)
+class Encoded:
+    """What became of some examples; in the order in which they came."""
+
+    num_examples: int = 0
+    num_good: int = 0
+    num_bytes: int = 0
+    """Of text."""
+    codes: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
+    lengths: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
+    shares: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.empty(0, np.float64))
+    """Of each document a number in [0, 1) that only its example's text and the seed decide; the same for all pieces."""
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    bad: list[tuple[Skipped, str]] = dataclasses.field(default_factory=list)
+    """Rows that cannot be used, and what is said of them."""
+
+    def skip(self, example: Skipped) -> None:
+        self.counts.add((_LEFT_OUT if example.bad else _SKIPPED).format(example.reason), example.source)
+        if example.bad:
+            self.bad.append((example, ""))
+
+    def refuse(self, source: str, error: BadRowError) -> None:
+        self.counts.add(_LEFT_OUT.format(error.reason), source)
+        self.bad.append((Skipped(source, error.reason, bad=True), f"{source}: {error}"))
+
+
 def encode_all(
     examples: Iterable[Example],
-    objective: ObjectiveSpec,
+    encoder: Encoder,
     tokenizer: TextTokenizer,
-    limit: Limit,
+    documents: Documents,
     *,
     bad: BadRows,
-    seed: int,
-    say: Callable[[str], None],
-) -> Documents:
-    """Encode in parallel; the outcome is in the order of `examples`. `bad` says what becomes of a row that cannot be
-    used. Raises DataError with all that is wrong.
+    tell: Callable[[str], None],
+    size: int | None = None,
+) -> Counts:
+    """Fill `documents`, in the order of `examples`, on all cores.
+
+    `tokenizer` is what the encoder loads; `bad` says what becomes of a row that cannot be used; `tell` hears how far it
+    is, often; `size`: bytes of text in all, about. Raises DataError with all that is wrong.
     """
-    rows: list[Row] = []
-    shares: list[float] = []
-    counts: Counter[str] = Counter()
-    told = time.monotonic()
-    for example, row in _encoded(_counted(examples, counts, bad), objective, tokenizer):
-        try:
-            pieces = _fit(_found(row), limit, counts)
-        except BadRowError as error:
-            counts[_LEFT_OUT.format(bad.add(example.source, error).reason)] += 1
-            continue
-        except LeftOutError as error:
-            counts[f"left out: {error}"] += 1
-            bad.num_good += 1
-            continue
-        bad.num_good += 1
-        share = _share(example, seed)
-        for piece in pieces:
-            if piece.targets.any():
-                rows.append(piece)
-                shares.append(share)
-            else:
-                counts["left out: no token to learn"] += 1
-        if time.monotonic() - told > _SAY_EVERY_S:
-            told = time.monotonic()
-            say(f"data: {counts['read']:,} documents so far")
+    counts, meter = Counts(), _Meter(size)
+    for encoded in _encoded(_chunks(_of_one_shape(examples)), encoder, tokenizer):
+        counts.update(encoded.counts)
+        for skipped, text in encoded.bad:
+            bad.count(skipped, text)
+        bad.num_good += encoded.num_good
+        documents.add(encoded.codes, encoded.lengths, encoded.shares)
+        tell(meter.line(encoded))
     bad.check()
-    return Documents(rows, np.array(shares, np.float64), counts)
+    documents.flush()
+    return counts
 
 
-def _encoded(
-    examples: Iterator[Example], objective: ObjectiveSpec, tokenizer: TextTokenizer
-) -> Iterator[tuple[Example, Row | BadRowError | LeftOutError]]:
-    def encode(example: Example) -> Row | BadRowError | LeftOutError:
-        try:
-            return objective.encode(example, tokenizer)
-        except (BadRowError, LeftOutError) as error:
-            return error
+@dataclasses.dataclass(slots=True)
+class _Meter:
+    size: int | None
+    num_examples: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(examples, _CHUNK)):
-            yield from zip(chunk, pool.map(encode, chunk), strict=True)
+    def line(self, encoded: Encoded) -> str:
+        self.num_examples += encoded.num_examples
+        self.num_tokens += len(encoded.codes)
+        self.num_bytes += encoded.num_bytes
+        took = max(1e-3, time.monotonic() - self.began)
+        text = f"tokenising: {self.num_examples:,} documents, {self.num_tokens / 1e6:,.1f} M tokens, " \
+               f"{self.num_tokens / took / 1e3:,.0f} k tokens/s"  # fmt: skip
+        if self.size and self.num_bytes:
+            share = min(1.0, self.num_bytes / self.size)
+            text += f"; about {share:.0%} done, {_time(took / share - took)} left"
+        return text
 
 
-def _counted(examples: Iterable[Example], counts: Counter[str], bad: BadRows) -> Iterator[Example]:
-    """Only what can be encoded, all of one shape. Raises DataError."""
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _of_one_shape(examples: Iterable[Example]) -> Iterator[Example]:
+    """Raises DataError."""
     shape: type[Example] | None = None
     for example in examples:
-        if isinstance(example, Skipped):
-            if example.bad:
-                bad.count(example)
-            counts[(_LEFT_OUT if example.bad else _SKIPPED).format(example.reason)] += 1
-            continue
-        shape = shape or type(example)
-        if type(example) is not shape:
-            raise DataError(f"{example.source}: {type(example).__name__.lower()} among rows of "
-                            f"{shape.__name__.lower()}; make all rows of one kind")  # fmt: skip
-        counts["read"] += 1
+        if not isinstance(example, Skipped):
+            shape = shape or type(example)
+            if type(example) is not shape:
+                raise DataError(f"{example.source}: {type(example).__name__.lower()} among rows of "
+                                f"{shape.__name__.lower()}; make all rows of one kind")  # fmt: skip
         yield example
 
 
-def _found(row: Row | BadRowError | LeftOutError) -> Row:
-    if isinstance(row, Row):
-        return row
-    raise row
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Of about as much text each."""
+    chunk: list[Example] = []
+    chars = 0
+    for example in examples:
+        chunk.append(example)
+        chars += 64 + sum(map(len, example.texts()))
+        if chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
 
 
-def _fit(row: Row, limit: Limit, counts: Counter[str]) -> list[Row]:
+def _encoded(chunks: Iterator[list[Example]], encoder: Encoder, tokenizer: TextTokenizer) -> Iterator[Encoded]:
+    num_processes = min(MOST_PROCESSES, num_cores())
+    head = list(islice(chunks, SMALL_CHARS // CHUNK_CHARS))
+    further = next(chunks, None) if num_processes > 1 else None
+    if further is None:
+        yield from (encoder.encode(chunk, tokenizer) for chunk in chain(head, chunks))
+        return
+    # Fresh processes: forks of this one would have its locks, and its tokenizer's threads would be missing.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_begin, initargs=(encoder,))
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for chunk in chain(head, [further], chunks):
+            waiting.append(pool.submit(_encode, chunk))
+            if len(waiting) > 2 * num_processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError("dataset: a process that tokenises was ended from outside, as happens where memory runs out; "
+                        "free some, or give it fewer cores, as in taskset -c 0-3 dtrain") from error  # fmt: skip
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_here: list[tuple[Encoder, TextTokenizer]] = []
+"""Of a process that encodes for another: what it was given at its start."""
+
+
+def _begin(encoder: Encoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for each core is there already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _here[:] = [(encoder, encoder.load())]
+
+
+def _encode(chunk: list[Example]) -> Encoded:
+    ((encoder, tokenizer),) = _here
+    return encoder.encode(chunk, tokenizer)
+
+
+def _fit(row: Row, limit: Limit, source: str, counts: Counts) -> list[Row]:
     """The pieces of a document that fit into a row. Raises BadRowError where that is what to do with a long one."""
     assert len(row.lengths) == 1, "an objective encodes one document at a time"
     assert not row.targets[:1].any(), "the first token is never a target: nothing comes before it"
@@ -133,18 +260,20 @@ def _fit(row: Row, limit: Limit, counts: Counter[str]) -> list[Row]:
         raise BadRowError(f"{num} tokens, over dataset.max_length={most}; raise it, or set dataset.on_long to split, "
                           f"truncate or drop")  # fmt: skip
     if limit.on_long == "drop":
-        counts[f"left out: over {most} tokens"] += 1
+        counts.add(f"left out: over {most} tokens", source)
         return []
     if limit.on_long == "truncate":
-        counts[f"truncated to {most} tokens"] += 1
-        counts["tokens cut off"] += num - most
+        counts.add(f"truncated to {most} tokens", source)
+        counts.add(CUT_OFF, source, num - most)
+        if row.targets[1:].all():  # of a text, all is learned: there is nothing more to say
+            return [_piece(row, 0, most)]
         if row.targets[most:].any():
-            counts["of these to be learned"] += int(row.targets[most:].sum())
+            counts.add(CUT_OFF_LEARNED, source, int(row.targets[most:].sum()))
         if row.targets[most - 1 : most + 1].all():
-            counts["cut within what is learned"] += 1
+            counts.add("cut within what is learned", source)
         return [_piece(row, 0, most)]
     assert limit.on_long == "split", limit.on_long
-    counts[f"split at {most} tokens"] += 1
+    counts.add(f"split at {most} tokens", source)
     return [_piece(row, start, min(start + most, num)) for start in range(0, num, most)]
 
 

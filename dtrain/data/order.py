@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtrain.config.spec import OnDry
+
 Ints = NDArray[np.int64]
-OnDry = Literal["stop", "repeat", "drop"]
 
 _BLOCK = 1024
 """Places over which the sources of a mixture are spread exactly by their rates, and shuffled."""

@@ -2,70 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-from dtrain.config.spec import DatasetSpec, ModelSpec, ObjectiveSpec, OnLong, TemplateSpec
+from dtrain.config.spec import AbstractSpec, DatasetSpec, ModelSpec, ObjectiveSpec, Parts, TemplateSpec
+from dtrain.data.counts import Counts
+from dtrain.data.once import alone, remove_locks
+from dtrain.data.prepared import META, Source, problem_of
+from dtrain.data.prepared import Prepared as Prepared
+from dtrain.data.prepared import read_prepared as read_prepared
 from dtrain.data.template import describe, with_template
-from dtrain.data.tokenizer import TextTokenizer, tokenizer_digest
-from dtrain.datasets.badrows import BadRows
-from dtrain.datasets.base import SHAPES, Chat, Example, Judged, Preference, Skipped, Text
+from dtrain.data.tokenizer import tokenizer_digest
 from dtrain.errors import DataError
 from dtrain.folders import discard, remove_leftovers, whole_folder
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from dtrain.data.rows import Row
-
-_VERSION = 2
+_VERSION = 3
 """Of the files in a folder of prepared data; another version is never read, but made anew."""
-_FILES = ("train.arrow", "eval.arrow")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_SAY_EVERY_S = 10.0
+_COMPARED = 50
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """Rows that `RowStore` opens: `dir/train.arrow` and `dir/eval.arrow`."""
-
-    dir: Path
-    assets: Path
-    """The model's folder: config, tokenizer with the chat template of the run."""
-    objective: ObjectiveSpec
-    """What `auto` came to."""
-    pad_id: int
-    max_length: int
-    num_rows: int
-    """To train on; so are the tokens and targets."""
-    num_tokens: int
-    num_targets: int
-    num_eval_rows: int
-    num_documents: int
-    """Documents, or pieces of long ones, in all rows."""
-    fill: float
-    """Share of the tokens of full-length rows that is not padding."""
-    counts: dict[str, int]
-    """What became of the examples, by reason."""
-    notes: list[str]
-    """What a user should know of how they were read: the chat template, and what of a row is learned."""
-    digest: str
-    """Of the rows themselves: equal where training would see the same, wherever the files lay."""
-
-    def lines(self) -> list[str]:
-        """What a user should know of it."""
-        first = (f"data: {self.num_rows:,} rows of up to {self.max_length:,} tokens, {self.fill:.1%} full; "
-                 f"{self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
-                 f"{self.num_eval_rows:,} rows held out")  # fmt: skip
-        documents = "data: documents: " + ", ".join(f"{num:,} {reason}" for reason, num in self.counts.items())
-        return [*self.notes, first, documents]
 
 
 def prepare(  # noqa: PLR0913 - what the rows depend on
@@ -81,45 +44,183 @@ def prepare(  # noqa: PLR0913 - what the rows depend on
 ) -> Prepared:
     """The rows for these settings: those of an earlier call where nothing changed, else made now.
 
-    Any number of processes may do this at once. Raises DataError, ModelError.
+    Any number of processes may do this at once: one makes the rows, the others wait. Raises DataError, ModelError.
     """
     try:
         for note in dataset.notes():
             say(f"data: {note}")
-        model_folder = model.assets(lambda: _texts(dataset), cache)
-        assets = with_template(model_folder, template, cache)
-        parts = _parts(dataset, objective, tokenizer_digest(model_folder), template, eval_fraction=eval_fraction,
-                       seed=seed)  # fmt: skip
-        final = cache / f"data-{_key(parts)}"
-        problem = _problem(final)
-        if problem is None:
-            say(f"data: reusing {final}")
-            return read_prepared(final, assets, objective)
-        remove_leftovers(cache)
-        if problem:
-            discard(final)
-        say(f"data: preparing {final}: {problem or _what_changed(parts, cache)}")
-        with whole_folder(final) as folder:
-            tokenizer = TextTokenizer.load(assets)
-            about = partial(describe, model_folder, assets, template, tokenizer)
-            _build(folder, dataset, objective, tokenizer, about, parts, say)
-        return read_prepared(final, assets, objective)
+        model_folder = _model_folder(model, dataset, cache, say)
+        job = _Job(objective, template, model_folder, with_template(model_folder, template, cache), eval_fraction, seed,
+                   cache, say)  # fmt: skip
+        parts = dataset.parts()
+        return job.one(dataset) if parts is None else job.mixture(dataset, parts)
     except OSError as error:
         if error.errno in _FULL or (error.filename and _along(Path(error.filename), cache)):
             raise DataError(f"run.cache={cache}: {error}; choose a folder with room that can be written") from error
         raise
 
 
-def _along(path: Path, cache: Path) -> bool:
-    """Whether `path` is in the cache, or on the way to it."""
-    return path == cache or cache in path.parents or path in cache.parents
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Job:
+    """What the rows of all datasets of a run depend on."""
+
+    objective: ObjectiveSpec
+    template: TemplateSpec
+    model_folder: Path
+    assets: Path
+    eval_fraction: float
+    seed: int
+    cache: Path
+    say: Say
+
+    def one(self, dataset: DatasetSpec, label: str = "") -> Prepared:
+        """Of one dataset that is no mixture; `label` stands before what is said."""
+        parts = self._parts(dataset)
+        final = self.cache / f"data-{_key(parts)}"
+
+        def say(line: str) -> None:
+            self.say(f"data: {label}{line}")
+
+        if problem_of(final) is None:
+            say(f"reusing {final}: nothing that the rows depend on has changed")
+            return read_prepared(final, self.assets, self.objective)
+        remove_locks(self.cache)
+        with alone(self.cache / f".{final.name}.lock", final.name, say) as tell:
+            problem = problem_of(final)
+            if problem is None:
+                say(f"reusing {final}: another launch has just made it")
+                return read_prepared(final, self.assets, self.objective)
+            remove_leftovers(self.cache)
+            if problem:
+                discard(final)
+            say(f"preparing {final}: {problem or _what_changed(parts, self.cache)}")
+            self._build(final, dataset, parts, tell, say)
+        return read_prepared(final, self.assets, self.objective)
+
+    def _build(self, final: Path, dataset: DatasetSpec, parts: dict[str, Any], tell: Say, say: Say) -> None:
+        from dtrain.data.build import build
+
+        about = partial(describe, self.model_folder, self.assets, self.template)
+        told = time.monotonic()
+
+        def both(line: str) -> None:
+            nonlocal told
+            tell(line)
+            if time.monotonic() - told >= _SAY_EVERY_S:
+                told = time.monotonic()
+                say(line)
+
+        with whole_folder(final) as folder:
+            build(folder, dataset, self.objective, self.assets, about, parts, both)
+
+    def mixture(self, dataset: DatasetSpec, parts: Parts) -> Prepared:
+        """Of each of its datasets by itself, and a folder that names them all."""
+        from dtrain.data.build import write_meta
+
+        made: dict[str, Prepared] = {}
+        for name, one in parts.datasets.items():
+            try:
+                made[name] = self.one(one, f"{name}: ")
+            except DataError as error:
+                raise DataError(f"dataset.sources.{name}: {error}") from error
+        sources = _mixed(made, parts, self.seed)
+        key = {"version": _VERSION, "rows": {name: one.dir.name for name, one in made.items()},
+               "weights": dict(parts.weights), "on_dry": parts.on_dry, "run.seed": self.seed}  # fmt: skip
+        final = self.cache / f"mixture-{_key(key)}"
+        if (problem := problem_of(final)) is not None:
+            if problem:
+                discard(final)
+            shapes = list(dict.fromkeys(shape for one in made.values() for shape in _shapes(one)))
+            with whole_folder(final) as folder:
+                write_meta(folder, parts=key, shapes=shapes, sizes={},
+                           prepared=_summed(made, sources, parts, dataset.max_length))  # fmt: skip
+        return read_prepared(final, self.assets, self.objective)
+
+    def _parts(self, dataset: DatasetSpec) -> dict[str, Any]:
+        """All that the rows depend on, by the names that a user knows."""
+        return {
+            "version": _VERSION,
+            **_values("dataset", dataset),
+            "content of the dataset": dataset.digest(),
+            "tokenizer": tokenizer_digest(self.model_folder),
+            "template.name": self.template.name,
+            "text of the template": [self.template.text, self.template.ends],
+            **_values("objective", self.objective),
+            "eval.fraction": self.eval_fraction,
+            "run.seed": self.seed,
+        }
 
 
-def read_prepared(folder: Path, assets: Path, objective: ObjectiveSpec) -> Prepared:
-    """What `prepare` made in `folder`, from the same objective."""
-    meta = json.loads((folder / "meta.json").read_bytes())
-    resolved = objective.resolve(SHAPES[meta["shape"]])
-    return Prepared(dir=folder, assets=assets, objective=resolved, **meta["prepared"])
+def _mixed(made: Mapping[str, Prepared], parts: Parts, seed: int) -> list[Source]:
+    """How many rows of each are taken for what its weight says in tokens. Raises DataError."""
+    from dtrain.data.order import Mixed
+
+    rates = {name: parts.weights[name] * one.num_rows / one.num_tokens for name, one in made.items()}
+    order = Mixed(seed, [one.num_rows for one in made.values()], list(rates.values()), parts.on_dry)
+    for (name, one), num in zip(made.items(), order.counts, strict=True):
+        if not num:
+            raise DataError(f"dataset.sources.{name}: with dataset.on_dry={parts.on_dry} none of its {one.num_rows:,} "
+                            f"rows would ever be seen: another source is seen whole before; use on_dry=repeat or drop, "
+                            f"or another weight")  # fmt: skip
+    return [Source(name=name, dir=one.dir.name, weight=parts.weights[name], rate=rates[name], num_rows=one.num_rows,
+                   num_tokens=one.num_tokens, num_epoch_rows=num)
+            for (name, one), num in zip(made.items(), order.counts, strict=True)]  # fmt: skip
+
+
+def _summed(made: Mapping[str, Prepared], sources: list[Source], parts: Parts, max_length: int) -> dict[str, Any]:
+    """What `Prepared` says of a mixture; tokens and targets of an epoch follow from the means of the sources."""
+    import xxhash
+
+    counts = Counts()
+    for name, one in made.items():
+        counts.update(Counts(one.counts, {name: one.counts}, one.first))
+    passes = {source.name: source.num_epoch_rows / source.num_rows for source in sources}
+    num_rows = sum(source.num_epoch_rows for source in sources)
+    num_tokens = round(sum(one.num_tokens * passes[name] for name, one in made.items()))
+    said = [[name, one.digest, parts.weights[name]] for name, one in made.items()]
+    return {
+        "pad_id": next(iter(made.values())).pad_id,
+        "max_length": max_length,
+        "num_rows": num_rows,
+        "num_tokens": num_tokens,
+        "num_targets": round(sum(one.num_targets * passes[name] for name, one in made.items())),
+        "num_eval_rows": sum(one.num_eval_rows for one in made.values()),
+        "num_documents": sum(one.num_documents for one in made.values()),
+        "fill": num_tokens / (num_rows * max_length),
+        "counts": counts.reasons,
+        "by_source": counts.sources,
+        "first": counts.places,
+        "notes": list(dict.fromkeys(note for one in made.values() for note in one.notes)),
+        "digest": xxhash.xxh3_128_hexdigest(json.dumps([said, parts.on_dry]).encode()),
+        "sources": [dataclasses.asdict(source) for source in sources],
+        "on_dry": parts.on_dry,
+    }
+
+
+def _model_folder(model: ModelSpec, dataset: DatasetSpec, cache: Path, say: Say) -> Path:
+    """The model's files. Where they are made of the dataset's text, it is read once, not at every start."""
+    from dtrain import __version__
+
+    asked = False
+
+    def texts() -> Iterator[str]:
+        nonlocal asked
+        asked = True
+        return _texts(dataset)
+
+    key = _key(
+        {"dtrain": __version__, **_values("model", model), **_values("dataset", dataset), "of": dataset.digest()}
+    )
+    note = cache / f"model-{key}.json"
+    with contextlib.suppress(OSError, ValueError):
+        folder = cache / str(json.loads(note.read_bytes()))
+        if folder.is_dir():
+            return folder
+    with alone(cache / f".{note.name}.lock", "the model's files", lambda line: say(f"model: {line}")):
+        folder = model.assets(texts, cache)
+        if asked and folder.parent == cache:
+            note.write_text(json.dumps(folder.name), encoding="utf-8")
+    return folder
 
 
 def _texts(dataset: DatasetSpec) -> Iterator[str]:
@@ -127,31 +228,13 @@ def _texts(dataset: DatasetSpec) -> Iterator[str]:
         yield from example.texts()
 
 
-def _parts(
-    dataset: DatasetSpec,
-    objective: ObjectiveSpec,
-    tokenizer: str,
-    template: TemplateSpec,
-    *,
-    eval_fraction: float,
-    seed: int,
-) -> dict[str, Any]:
-    """All that the rows depend on, by the names that a user knows."""
-    return {
-        "version": _VERSION,
-        **_values("dataset", dataset),
-        "content of the dataset": dataset.digest(),
-        "tokenizer": tokenizer,
-        "template.name": template.name,
-        "text of the template": [template.text, template.ends],
-        **_values("objective", objective),
-        "eval.fraction": eval_fraction,
-        "run.seed": seed,
-    }
+def _along(path: Path, cache: Path) -> bool:
+    """Whether `path` is in the cache, or on the way to it."""
+    return path == cache or cache in path.parents or path in cache.parents
 
 
-def _values(name: str, spec: DatasetSpec | ObjectiveSpec) -> dict[str, Any]:
-    fields = dataclasses.fields(spec)  # type: ignore[arg-type]
+def _values(name: str, spec: AbstractSpec) -> dict[str, Any]:
+    fields = dataclasses.fields(cast("Any", spec))
     kind = f"{type(spec).__module__}.{type(spec).__qualname__}"
     return {name: kind, **{f"{name}.{field.name}": getattr(spec, field.name) for field in fields}}
 
@@ -162,137 +245,26 @@ def _key(parts: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())[:16]
 
 
-def _problem(folder: Path) -> str | None:
-    """Why the rows in `folder` cannot be used; empty where there are none yet."""
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        for name in _FILES:
-            found, expected = (folder / name).stat().st_size, meta["bytes"][name]
-            if found != expected:
-                return f"{name} there has {found} bytes instead of {expected}"
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing" if folder.is_dir() else ""
-    except (ValueError, KeyError, TypeError) as error:
-        return f"meta.json there is damaged: {error!r}"
-    return None
+def _shapes(prepared: Prepared) -> list[str]:
+    shapes: list[str] = json.loads((prepared.dir / META).read_bytes())["shapes"]
+    return shapes
 
 
 def _what_changed(parts: Mapping[str, Any], cache: Path) -> str:
-    """Against the newest data in the cache, so that nobody has to guess why it is made anew."""
-    try:
-        metas = sorted(cache.glob("data-*/meta.json"), key=lambda path: path.stat().st_mtime)
-        if not metas:
-            return "nothing is prepared yet"
-        before = json.loads(metas[-1].read_bytes())["parts"]
-    except (ValueError, KeyError, OSError):  # damaged, or just removed by another process
-        return "not prepared with these settings yet"
+    """Against the data in the cache that is nearest, so that nobody has to guess why it is made anew."""
     now = json.loads(json.dumps(dict(parts), default=str))
-    changed = [name for name in now if before.get(name) != now[name]]
-    plain = [f"{name} was {before.get(name)}, is {now[name]}" for name in changed if "." in name]
-    return "; ".join(plain + [f"{name} changed" for name in changed if "." not in name])
+    nearest: list[str] | None = None
+    with contextlib.suppress(OSError):  # just removed by another process
+        metas = sorted(cache.glob(f"data-*/{META}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for meta in metas[:_COMPARED]:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged
+                before = json.loads(meta.read_bytes())["parts"]
+                changed = [_change(name, before.get(name), now[name]) for name in now if before.get(name) != now[name]]
+                nearest = changed if nearest is None or len(changed) < len(nearest) else nearest
+    if nearest is None:
+        return "nothing is prepared yet"
+    return "; ".join(sorted(nearest, key=lambda line: line.endswith("changed")))
 
 
-def _build(
-    folder: Path,
-    dataset: DatasetSpec,
-    objective: ObjectiveSpec,
-    tokenizer: TextTokenizer,
-    about_template: Callable[..., list[str]],
-    parts: dict[str, Any],
-    say: Say,
-) -> None:
-    import numpy as np
-    import xxhash
-
-    from dtrain.data.encode import Limit, encode_all
-    from dtrain.data.pack import one_each, pack
-    from dtrain.data.store import write_rows
-
-    examples = dataset.examples()
-    shape, examples = _peek(examples)
-    limit = Limit(dataset.max_length, _on_long(dataset, shape))
-    resolved = objective.resolve(shape)
-    documents = encode_all(
-        examples, resolved, tokenizer, limit, bad=BadRows.of(dataset), seed=parts["run.seed"], say=say
-    )
-    if not documents.rows:
-        raise _nothing(documents.counts)
-    held = hold_out(documents.shares, parts["eval.fraction"])
-    lengths = np.array([len(row.tokens) for row in documents.rows], np.int64)
-    state = xxhash.xxh3_128()
-    num_rows = {}
-    for name, chosen in zip(_FILES, (np.flatnonzero(~held), np.flatnonzero(held)), strict=True):
-        packing = pack(lengths[chosen], dataset.max_length) if dataset.packing else one_each(len(chosen))
-        rows = (_join([documents.rows[i] for i in chosen[each]], state) for each in packing)
-        write_rows(folder / name, rows, len(packing), packed=dataset.packing)
-        state.update(f"{name} {len(packing)}".encode())
-        num_rows[name] = len(packing)
-    num_tokens = int(lengths[~held].sum())
-    prepared = {
-        "pad_id": tokenizer.pad_id,
-        "max_length": dataset.max_length,
-        "num_rows": num_rows["train.arrow"],
-        "num_tokens": num_tokens,
-        "num_targets": sum(row.num_targets for row, out in zip(documents.rows, held, strict=True) if not out),
-        "num_eval_rows": num_rows["eval.arrow"],
-        "num_documents": len(documents.rows),
-        "fill": num_tokens / (num_rows["train.arrow"] * dataset.max_length),
-        "counts": dict(documents.counts),
-        "notes": [*about_template(used=issubclass(shape, Chat | Preference | Judged)), *resolved.notes(shape)],
-        "digest": state.hexdigest(),
-    }
-    sizes = {name: (folder / name).stat().st_size for name in _FILES}
-    meta = {"parts": parts, "shape": shape.__name__, "bytes": sizes, "prepared": prepared}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def hold_out(shares: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
-    """Which documents are for eval: those whose share is below `fraction`; at least one text, and never all.
-
-    Equal texts stay on one side. Where all are equal, none is held out.
-    """
-    least, most = float(shares.min()), float(shares.max())
-    held: NDArray[np.bool_] = shares < min(fraction, most)
-    if fraction == 0 or least == most:
-        held[:] = False
-    elif not held.any():
-        held[:] = shares == least
-    return held
-
-
-def _peek(examples: Iterator[Example]) -> tuple[type[Example], Iterator[Example]]:
-    """The shape of the first example that is one, and all of them. Raises DataError where there is none."""
-    seen: list[Example] = []
-    for example in examples:
-        seen.append(example)
-        if not isinstance(example, Skipped):
-            return type(example), chain(seen, examples)
-    reasons = sorted({example.reason for example in seen if isinstance(example, Skipped)})
-    raise DataError(f"dataset: no rows at all{'; skipped: ' + ', '.join(reasons) if reasons else ''}; "
-                    f"look at what dataset.path names")  # fmt: skip
-
-
-def _nothing(counts: Mapping[str, int]) -> DataError:
-    stages = ", ".join(f"{num:,} {reason}" for reason, num in counts.items())
-    return DataError(f"dataset: nothing left to train on: {stages}; add rows, or raise dataset.max_length")
-
-
-def _join(rows: list[Row], state: Any) -> Row:
-    """One packed row; its content goes into the digest `state`."""
-    import numpy as np
-
-    from dtrain.data.rows import Row
-
-    if len(rows) == 1:
-        row = rows[0]
-    else:
-        row = Row(*(np.concatenate([getattr(row, name) for row in rows]) for name in ("tokens", "targets", "lengths")))
-    for array in (row.lengths, row.tokens, row.targets):
-        state.update(np.ascontiguousarray(array))
-    return row
-
-
-def _on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
-    if dataset.on_long == "auto":
-        return "split" if issubclass(shape, Text) else "truncate"
-    return dataset.on_long
+def _change(name: str, before: Any, now: Any) -> str:
+    return f"{name} was {before}, is {now}" if "." in name else f"{name} changed"

@@ -5,20 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtrain.data.order import AbstractOrder, Grouped, Mixed, OnDry, Shuffled, by_rate
+from dtrain.config.spec import OnDry
+from dtrain.data.order import AbstractOrder, Grouped, Mixed, Shuffled, by_rate
 from dtrain.data.rows import Row
 from dtrain.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_ROWS_PER_CHUNK = 1024
+_CHUNK_TOKENS = 2**20
+"""That are in memory while they are written, at most, and not less than a row."""
 
 
 class AbstractStore(ABC):
@@ -73,13 +76,17 @@ class RowStore(AbstractStore):
         self.path = path
         try:
             self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._num_rows = int(self._file.schema.metadata[b"num_rows"])
+            self._num_chunks = self._file.num_record_batches
+            self._each = int(self._file.schema.metadata[b"rows_per_chunk"])
             self.packed = self._file.schema.metadata[b"packed"] == b"1"
         except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: not a file of prepared rows: {error}; delete its folder and launch again"
             ) from error
         self._chunks: dict[int, _Chunk] = {}
+        # All chunks but the last are full.
+        last = self._num_chunks - 1
+        self._num_rows = last * self._each + len(self._chunk(last).num_targets) if self._num_chunks else 0
 
     def __len__(self) -> int:
         return self._num_rows
@@ -91,7 +98,7 @@ class RowStore(AbstractStore):
     def row(self, i: int) -> Row:
         if not 0 <= i < self._num_rows:
             raise IndexError(f"row {i} of {self._num_rows} in {self.path}")
-        at, k = divmod(int(i), _ROWS_PER_CHUNK)
+        at, k = divmod(int(i), self._each)
         chunk = self._chunk(at)
         tokens = slice(chunk.token_starts[k], chunk.token_starts[k + 1])
         lengths = slice(chunk.length_starts[k], chunk.length_starts[k + 1])
@@ -117,10 +124,6 @@ class RowStore(AbstractStore):
 
     def __reduce__(self) -> tuple[type[RowStore], tuple[Path]]:
         return RowStore, (self.path,)
-
-    @property
-    def _num_chunks(self) -> int:
-        return -(-self._num_rows // _ROWS_PER_CHUNK)
 
     def _chunk(self, at: int) -> _Chunk:
         if at not in self._chunks:
@@ -159,12 +162,13 @@ class MixedStore(AbstractStore):
         return np.concatenate([store.lengths for store in self._stores])
 
 
-def write_rows(path: Path, rows: Iterable[Row], num_rows: int, *, packed: bool = True) -> None:
-    """Write a file that `RowStore` opens, flushed to disk."""
+def write_rows(path: Path, rows: Iterable[Row], *, max_length: int = 1024, packed: bool = True) -> int:
+    """Write a file that `RowStore` opens, flushed to disk; returns the number of rows."""
     import os
 
     import pyarrow as pa
 
+    each = max(1, _CHUNK_TOKENS // max_length)
     schema = pa.schema(
         [
             ("tokens", pa.large_list(pa.int32())),
@@ -172,12 +176,12 @@ def write_rows(path: Path, rows: Iterable[Row], num_rows: int, *, packed: bool =
             ("lengths", pa.large_list(pa.int32())),
             ("num_targets", pa.int64()),
         ],
-        metadata={"num_rows": str(num_rows), "packed": str(int(packed))},
+        metadata={"packed": str(int(packed)), "rows_per_chunk": str(each)},
     )
     written = 0
     with path.open("wb") as file:
         with pa.ipc.new_file(file, schema) as out:
-            for chunk in _chunked(rows):
+            for chunk in _chunked(rows, each):
                 written += len(chunk)
                 columns = [
                     _lists([row.tokens for row in chunk], pa.int32()),
@@ -188,7 +192,7 @@ def write_rows(path: Path, rows: Iterable[Row], num_rows: int, *, packed: bool =
                 out.write_batch(pa.record_batch(columns, schema=schema))
         file.flush()
         os.fsync(file.fileno())
-    assert written == num_rows, (written, num_rows)
+    return written
 
 
 def _lists(arrays: list[NDArray[np.generic]], kind: pa.DataType) -> pa.LargeListArray:
@@ -210,12 +214,7 @@ def _view(batch: pa.RecordBatch) -> _Chunk:
     )
 
 
-def _chunked(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    chunk = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == _ROWS_PER_CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
+def _chunked(rows: Iterable[Row], num: int) -> Iterator[list[Row]]:
+    left = iter(rows)
+    while chunk := list(islice(left, num)):
         yield chunk

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dtrain.checkpoint.storage import Reader
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
-    from dtrain.data.store import RowStore
+    from dtrain.data.store import AbstractStore
     from dtrain.models.base import ModelBundle
     from dtrain.plan.world import World
 
@@ -111,7 +111,7 @@ def build(
     comm: AbstractComm,
     *,
     assets: Path,
-    rows: tuple[RowStore, RowStore],
+    rows: tuple[AbstractStore, AbstractStore],
     pad_id: int,
     resume: Reader | None = None,
 ) -> Built:

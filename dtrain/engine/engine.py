@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dtrain.checkpoint.manifest import Manifest
     from dtrain.comm import AbstractComm
     from dtrain.config.spec import ScheduleSpec
-    from dtrain.data.store import RowStore
+    from dtrain.data.store import AbstractStore
     from dtrain.engine.state import Progress
     from dtrain.plan.batch import BatchPlan
     from dtrain.strategies.base import AbstractStrategy
@@ -77,7 +77,7 @@ class Result:
 @final
 class Engine:
     def __init__(self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-                 rows: tuple[RowStore, RowStore], *, state: State | None = None) -> None:  # fmt: skip
+                 rows: tuple[AbstractStore, AbstractStore], *, state: State | None = None) -> None:  # fmt: skip
         """`state`: where to go on from."""
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows

@@ -47,7 +47,7 @@ def make(folder: Path, *, dropout: float = 0.0) -> None:
     Qwen2ForCausalLM(config).float().save_pretrained(folder / "model", max_shard_size="20KB")
     draw = np.random.default_rng(0)
     for name, num in (("train", ROWS), ("eval", EVAL_ROWS)):
-        write_rows(folder / f"{name}.arrow", [_row(draw) for _ in range(num)], num)
+        write_rows(folder / f"{name}.arrow", [_row(draw) for _ in range(num)])
 
 
 def _row(draw: np.random.Generator) -> Row:

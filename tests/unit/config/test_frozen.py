@@ -14,6 +14,7 @@ from dtrain.plan.propose import configure
 NEEDED = {
     "dataset=files": ["dataset.path=somewhere.jsonl"],
     "dataset=hub": ["dataset.name=somebody/something"],
+    "dataset=mixture": ["dataset.sources={a:{dataset:stdlib}}"],
     "dataset=python": ["dataset.function=tests.rows:train", "plugins=[tests]"],
     "model=hf": ["model.path=someone/something"],
 }

@@ -16,7 +16,7 @@ def make(path, lengths, *, packed=True):
     made = []
     for i, length in enumerate(lengths):
         made.append(Row(np.full(length, i, np.int32), np.arange(length) > 0, np.array([length], np.int32)))
-    write_rows(path, made, len(lengths), packed=packed)
+    write_rows(path, made, packed=packed)
     return RowStore(path)
 
 

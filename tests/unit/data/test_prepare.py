@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dtrain.config.spec import spec
+from dtrain.data.build import hold_out
 from dtrain.data.encode import _share
-from dtrain.data.prepare import Prepared, hold_out, prepare
+from dtrain.data.prepare import Prepared, prepare
 from dtrain.data.store import RowStore
 from dtrain.data.tokenizer import TextTokenizer
 from dtrain.datasets.base import Text
@@ -154,7 +155,10 @@ def test_the_second_time_it_is_there(tmp_path):
     path, cache, said = write(tmp_path / "a.jsonl", texts(9)), tmp_path / "cache", []
     first = make(path, cache, said)
     assert make(path, cache, said) == first
-    assert said == [f"data: preparing {first.dir}: nothing is prepared yet", f"data: reusing {first.dir}"]
+    assert said == [
+        f"data: preparing {first.dir}: nothing is prepared yet",
+        f"data: reusing {first.dir}: nothing that the rows depend on has changed",
+    ]
 
 
 def test_what_changes_the_rows_makes_them_anew(tmp_path):
@@ -265,16 +269,29 @@ def test_a_killed_build_leaves_nothing(tmp_path):
     assert left(cache) == sorted([prepared.dir.name, "fake"])
 
 
-def test_two_builders_at_once(tmp_path):
+def make_and_tell(path, cache, out):
+    said = []
+    make(path, cache, said)
+    out.write_text("\n".join(said))
+
+
+def test_launches_at_once_build_once(tmp_path):
     path, cache = write(tmp_path / "a.jsonl", texts(300)), tmp_path / "cache"
     FakeModel().assets(lambda: [], cache)
-    processes = [start(path, cache) for _ in range(2)]
+    outs = [tmp_path / str(i) for i in range(3)]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=make_and_tell, args=(path, cache, out)) for out in outs]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    told = [out.read_text() for out in outs]
+    assert sum("preparing" in text for text in told) == 1
+    assert sum("reusing" in text for text in told) == 2
     said = []
     prepared = make(path, cache, said)
-    assert said == [f"data: reusing {prepared.dir}"]
+    assert said == [f"data: reusing {prepared.dir}: nothing that the rows depend on has changed"]
     assert left(cache) == sorted([prepared.dir.name, "fake"])
 
 

@@ -16,10 +16,11 @@ def rows(num):
         yield Row(np.full(length, i, np.int32), targets, np.array([1, length - 1], np.int32))
 
 
-@pytest.mark.parametrize("num", [0, 1, 1024, 2500])  # a chunk is 1024 rows
-def test_rows_come_back(tmp_path, num):
+@pytest.mark.parametrize("max_length", [1024, 2**19, 2**21])  # a chunk is 1024 rows, 2 and 1
+@pytest.mark.parametrize("num", [0, 1, 2, 1024, 2500])
+def test_rows_come_back(tmp_path, num, max_length):
     path = tmp_path / "rows.arrow"
-    write_rows(path, rows(num), num)
+    assert write_rows(path, rows(num), max_length=max_length) == num
     store = pickle.loads(pickle.dumps(RowStore(path)))
     assert len(store) == num
     written = list(rows(num))
@@ -30,12 +31,13 @@ def test_rows_come_back(tmp_path, num):
         assert found.lengths.tolist() == written[i].lengths.tolist()
         assert (found.tokens.dtype, found.targets.dtype, found.lengths.dtype) == (np.int32, np.bool_, np.int32)
     assert store.num_targets.tolist() == [row.num_targets for row in written]
+    assert store.lengths.tolist() == [len(row.tokens) for row in written]
     with pytest.raises(IndexError):
         store.row(num)
 
 
 def test_a_row_is_a_view(tmp_path):
-    write_rows(tmp_path / "rows.arrow", rows(3), 3)
+    write_rows(tmp_path / "rows.arrow", rows(3))
     store = RowStore(tmp_path / "rows.arrow")
     assert not store.row(1).tokens.flags.writeable
     assert np.shares_memory(store.row(1).tokens, store.row(1).tokens)

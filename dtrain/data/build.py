@@ -1,0 +1,168 @@
+"""The rows of one dataset, from its examples to files: encoded on all cores, packed, written. Without torch.
+
+Memory does not grow with the data but for some bytes of each document: the documents wait on disk, and packing looks at
+their lengths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from dtrain.config.spec import DatasetSpec, ObjectiveSpec, OnLong
+from dtrain.data.counts import Counts
+from dtrain.data.documents import Documents
+from dtrain.data.encode import Encoder, Limit, encode_all
+from dtrain.data.pack import one_each, pack
+from dtrain.data.prepared import FILES, META
+from dtrain.data.rows import Row
+from dtrain.data.store import write_rows
+from dtrain.data.tokenizer import TextTokenizer
+from dtrain.datasets.badrows import BadRows
+from dtrain.datasets.base import Example, Skipped, Text
+from dtrain.errors import DataError
+
+WINDOW = 2**20
+"""Documents that are packed together: so many that no more would make the rows fuller, and so few that what goes into a
+row is near each other on disk."""
+
+
+def build(
+    folder: Path,
+    dataset: DatasetSpec,
+    objective: ObjectiveSpec,
+    assets: Path,
+    about: Callable[..., list[str]],
+    parts: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> None:
+    """Fill `folder` with `FILES` and `META`. `assets` has the tokenizer, `about` tells of its template; `parts`: all
+    that the rows depend on; `tell` hears how far it is. Raises DataError.
+    """
+    shape, examples = _peek(dataset.examples())
+    resolved = objective.resolve(shape)
+    tokenizer = TextTokenizer.load(assets)
+    limit = Limit(dataset.max_length, _on_long(dataset, shape))
+    encoder = Encoder(resolved, partial(TextTokenizer.load, assets), limit, parts["run.seed"])
+    with Documents(folder / "documents") as documents:
+        counts = encode_all(
+            examples, encoder, tokenizer, documents, bad=BadRows.of(dataset), tell=tell, size=dataset.size()
+        )
+        if not len(documents):
+            raise _nothing(counts)
+        held = hold_out(documents.shares, parts["eval.fraction"])
+        writer = _Writer(documents, dataset.max_length, packing=dataset.packing, tell=tell)
+        num_rows = [writer.write(folder / name, chosen) for name, chosen in zip(FILES, (~held, held), strict=True)]
+        num_tokens = int(documents.lengths[~held].sum(dtype=np.int64))
+        num_documents = len(documents)
+    prepared = {
+        "pad_id": tokenizer.pad_id,
+        "max_length": dataset.max_length,
+        "num_rows": num_rows[0],
+        "num_tokens": num_tokens,
+        "num_targets": writer.num_targets[0],
+        "num_eval_rows": num_rows[1],
+        "num_documents": num_documents,
+        "fill": num_tokens / (num_rows[0] * dataset.max_length),
+        "counts": counts.reasons,
+        "by_source": counts.sources,
+        "first": counts.places,
+        "notes": [*about(tokenizer, used=not issubclass(shape, Text)), *resolved.notes(shape)],
+        "digest": writer.digest.hexdigest(),
+    }
+    sizes = {name: (folder / name).stat().st_size for name in FILES}
+    write_meta(folder, parts=parts, shapes=[shape.__name__], sizes=sizes, prepared=prepared)
+
+
+def write_meta(
+    folder: Path, *, parts: Mapping[str, Any], shapes: list[str], sizes: Mapping[str, int], prepared: Mapping[str, Any]
+) -> None:
+    meta = {"parts": parts, "shapes": shapes, "bytes": sizes, "prepared": prepared}
+    (folder / META).write_text(json.dumps(meta, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+@final
+class _Writer:
+    """Puts rows together out of documents, and takes a digest and counts on the way."""
+
+    def __init__(self, documents: Documents, max_length: int, *, packing: bool, tell: Callable[[str], None]) -> None:
+        self._documents, self._max_length, self._packing, self._tell = documents, max_length, packing, tell
+        self.digest = xxhash.xxh3_128()
+        self.num_targets: list[int] = []
+        """Of each file."""
+
+    def write(self, path: Path, chosen: NDArray[np.bool_]) -> int:
+        """The rows of the documents that are chosen; returns how many these are."""
+        self.num_targets.append(0)
+        rows = self._counted(self._rows(chosen))
+        num_rows = write_rows(path, rows, max_length=self._max_length, packed=self._packing)
+        self.digest.update(f"{path.name} {num_rows}".encode())
+        return num_rows
+
+    def _rows(self, chosen: NDArray[np.bool_]) -> Iterator[Row]:
+        lengths, first = self._documents.lengths, 0
+        for begin in range(0, len(lengths), WINDOW):
+            window = lengths[begin : begin + WINDOW]
+            ends = first + np.cumsum(window, dtype=np.int64)
+            starts, first = ends - window, int(ends[-1])
+            mine = np.flatnonzero(chosen[begin : begin + WINDOW])
+            packing = pack(window[mine].astype(np.int64), self._max_length) if self._packing else one_each(len(mine))
+            for each in packing:
+                yield self._documents.row(starts[mine[each]], window[mine[each]])
+
+    def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for i, row in enumerate(rows):
+            for array in (row.lengths, row.tokens, row.targets):
+                self.digest.update(np.ascontiguousarray(array).data)
+            self.num_targets[-1] += row.num_targets
+            if i % 1024 == 0:
+                self._tell(f"writing: {i:,} rows")
+            yield row
+
+
+def hold_out(shares: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
+    """Which documents are for eval: those whose share is below `fraction`; at least one text, and never all.
+
+    Equal texts stay on one side. Where all are equal, none is held out.
+    """
+    least, most = float(shares.min()), float(shares.max())
+    held: NDArray[np.bool_] = shares < min(fraction, most)
+    if fraction == 0 or least == most:
+        held[:] = False
+    elif not held.any():
+        held[:] = shares == least
+    return held
+
+
+def _peek(examples: Iterator[Example]) -> tuple[type[Example], Iterator[Example]]:
+    """The shape of the first example that is one, and all of them. Raises DataError where there is none."""
+    seen: list[Example] = []
+    for example in examples:
+        seen.append(example)
+        if not isinstance(example, Skipped):
+            return type(example), chain(seen, examples)
+    counts = Counts()
+    for example in seen:
+        if isinstance(example, Skipped):
+            counts.add(f"skipped: {example.reason}", example.source)
+    told = f"; {', '.join(f'{num:,} {reason}' for reason, num in counts.reasons.items())}" if seen else ""
+    raise DataError(f"dataset: no rows at all{told}; look at what dataset.path names")
+
+
+def _nothing(counts: Counts) -> DataError:
+    stages = ", ".join(f"{num:,} {reason}" for reason, num in counts.reasons.items())
+    return DataError(f"dataset: nothing left to train on: {stages}; add rows, or raise dataset.max_length")
+
+
+def _on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
+    if dataset.on_long == "auto":
+        return "split" if issubclass(shape, Text) else "truncate"
+    return dataset.on_long

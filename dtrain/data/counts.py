@@ -1,0 +1,71 @@
+"""What became of the examples: nothing that is left out, cut or split goes uncounted."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+READ = "read"
+CUT_OFF, CUT_OFF_LEARNED = "tokens cut off", "of these to be learned"
+_LINE = re.compile(r":\d+$")
+
+
+@dataclasses.dataclass(slots=True)
+class Counts:
+    """By reason, in the words that a user reads."""
+
+    kept_sources: ClassVar[int] = 1000
+    kept_places: ClassVar[int] = 5
+    others: ClassVar[str] = "(others)"
+
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    sources: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    """The same of each file, or whatever else the examples say that they come from; those after the first thousand
+    count as one."""
+    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Where the first of each reason are, as `file:line`; not of those that are simply read."""
+
+    def add(self, reason: str, source: str, num: int = 1) -> None:
+        """`source` is an example's: `file:line`."""
+        self._count(reason, _LINE.sub("", source), num)
+        places = self.places.setdefault(reason, []) if reason not in (READ, CUT_OFF, CUT_OFF_LEARNED) else None
+        if places is not None and len(places) < self.kept_places and source not in places:
+            places.append(source)
+
+    def update(self, later: Counts) -> None:
+        """Add what was counted after this."""
+        for source, reasons in later.sources.items():
+            for reason, num in reasons.items():
+                self._count(reason, source, num)
+        for reason, found in later.places.items():
+            places = self.places.setdefault(reason, [])
+            places += found[: self.kept_places - len(places)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        found = [f"documents: {_listed(self.reasons)}"]
+        if len(self.sources) > 1:
+            shown = sorted(self.sources.items(), key=lambda one: -sum(one[1].values()))[:8]
+            found += [f"  {source}: {_listed(reasons)}" for source, reasons in shown]
+            found += [f"  and {len(self.sources) - 8:,} more sources"] if len(self.sources) > 8 else []
+        for reason, places in self.places.items():
+            if self.reasons[reason] > len(places):
+                found.append(f"  {reason}: first at {', '.join(places[:3])}")
+            else:
+                found.append(f"  {reason}: at {', '.join(places)}")
+        return found
+
+    def _count(self, reason: str, source: str, num: int) -> None:
+        self.reasons[reason] = self.reasons.get(reason, 0) + num
+        if source not in self.sources and len(self.sources) >= self.kept_sources:
+            source = self.others
+        reasons = self.sources.setdefault(source, {})
+        reasons[reason] = reasons.get(reason, 0) + num
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{num:,} {reason}" for reason, num in reasons.items())
