@@ -11,7 +11,7 @@ from dtrain.errors import UserError
 
 if TYPE_CHECKING:
     from dtrain.data.prepare import Prepared
-    from dtrain.data.store import RowStore
+    from dtrain.data.store import AbstractStore
     from dtrain.data.tokenizer import TextTokenizer
 
 Part = Literal["train", "eval"]
@@ -23,10 +23,9 @@ class Opened:
     notes: list[str]
     """How the rows came about: all that a launch would say of them."""
 
-    def store(self, part: Part) -> RowStore:
-        from dtrain.data.store import RowStore
-
-        return RowStore(self.prepared.dir / f"{part}.arrow")
+    def store(self, part: Part) -> AbstractStore:
+        """Of a mixture the rows of all its sources, each once."""
+        return self.prepared.rows(f"{part}.arrow")
 
     def tokenizer(self) -> TextTokenizer:
         from dtrain.data.tokenizer import TextTokenizer

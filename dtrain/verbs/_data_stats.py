@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dtrain.data.store import RowStore
+    from dtrain.data.store import AbstractStore
     from dtrain.verbs._data_rows import Opened
 
 _READ, _TRUNCATED, _SPLIT, _EMPTY = "read", "truncated", "split", "left out: no token to learn"
@@ -25,7 +25,7 @@ _BAR = 40
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """Of one file of rows."""
+    """Of those to train on, or those held out."""
 
     num: int
     num_tokens: int
@@ -47,12 +47,20 @@ class Rows:
 class Stats:
     train: Rows
     held_out: Rows
-    fill: float
     max_length: int
     reasons: Mapping[str, int]
     """What became of the examples."""
+    by_source: Mapping[str, Mapping[str, int]]
+    """The same of each file, or whatever else they come from."""
+    first: Mapping[str, list[str]]
+    """Where the first of each reason are."""
     num_overlap: int
     """Documents held out that are among those trained on."""
+
+    @property
+    def fill(self) -> float:
+        """Share of the tokens of full-length rows that is not padding."""
+        return self.train.num_tokens / (self.train.num * self.max_length)
 
     @property
     def num_examples(self) -> int:
@@ -76,11 +84,11 @@ def measure(opened: Opened) -> Stats:
 
     train, held_out = _rows(opened.store("train")), _rows(opened.store("eval"))
     prepared = opened.prepared
-    return Stats(train, held_out, prepared.fill, prepared.max_length, prepared.counts,
+    return Stats(train, held_out, prepared.max_length, prepared.counts, prepared.by_source, prepared.first,
                  int(np.isin(held_out.content, train.content).sum()))  # fmt: skip
 
 
-def _rows(store: RowStore) -> Rows:
+def _rows(store: AbstractStore) -> Rows:
     import numpy as np
     import xxhash
 
@@ -117,6 +125,8 @@ def as_dict(stats: Stats, notes: Iterable[str]) -> dict[str, Any]:
         "fill": stats.fill,
         "max_length": stats.max_length,
         "examples": dict(stats.reasons),
+        "examples_by_source": {source: dict(reasons) for source, reasons in stats.by_source.items()},
+        "first": dict(stats.first),
         "overlap": stats.num_overlap,
         "notes": list(notes),
     }

@@ -244,6 +244,8 @@ def test_stats_are_those_of_the_rows(said: _Said, tmp_path: Path, capsys: pytest
     ]
     assert found["eval"]["documents"] == found["overlap"] == 0
     assert found["examples"]["read"] == 7
+    assert list(found["examples_by_source"]) == [str(tmp_path / "a.jsonl")]
+    assert found["first"]["truncated to 80 tokens"] == [f"{tmp_path / 'a.jsonl'}:4"]
     assert found["examples"]["truncated to 80 tokens"] == 1
     assert found["fill"] == tokens / (80 * len(rows))
     assert f"trained     {targets:,} of {tokens:,} tokens ({targets / tokens:.2%})" in text
@@ -251,6 +253,23 @@ def test_stats_are_those_of_the_rows(said: _Said, tmp_path: Path, capsys: pytest
     assert "1 truncated to 80 tokens" in text
     assert text.endswith("wrote a.png\n")
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mixture_is_the_rows_of_all_its_sources(said: _Said, tmp_path: Path) -> None:
+    _chats(tmp_path / "a.jsonl")
+    _texts(tmp_path / "b.jsonl", ["only text here", "and more of it"])
+    data = "dataset.sources={one:{path:a.jsonl},two:{path:b.jsonl,max_bad_fraction:0.5}}"
+    argv = ["dataset=mixture", data, "eval.fraction=0", "dataset.max_length=100"]
+    text = said("preview", *argv, "--rows", "9")
+    assert "to train on, from one: " in text
+    last = [line for line in text.splitlines() if line.startswith("row ")][-1]
+    num = int(last.split(" of ")[1].split()[0])
+    assert "to train on, from two: " in said("preview", *argv, "--row", str(num - 1))
+    found = json.loads(said("stats", *argv, "--json"))
+    assert (found["train"]["rows"], found["train"]["documents"]) == (num, 5)
+    assert found["examples"]["read"] == 5
+    assert len(found["examples_by_source"]) == 2
+    said("check", *argv)
 
 
 def test_overlap_is_found_in_the_tokens(said: _Said, tmp_path: Path) -> None:
