@@ -10,7 +10,7 @@ from dtrain.config.validate import validate_spec
 from dtrain.data.prepare import prepare
 from dtrain.data.template import describe, has_template, with_template
 from dtrain.data.tokenizer import TextTokenizer, stop_ids
-from dtrain.datasets.base import AbstractRows, Chat, Judged, Text
+from dtrain.datasets.base import AbstractRows, Chat, Completion, Judged, Text
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.assets import copy_assets
 from dtrain.objectives.auto import Auto
@@ -165,7 +165,7 @@ class Given(AbstractRows):
     """The rows that a test has written down."""
 
     shape: str
-    kinds = {"chat": Chat, "text": Text, "judged": Judged}  # noqa: RUF012
+    kinds = {"chat": Chat, "text": Text, "judged": Judged, "completion": Completion}  # noqa: RUF012
     rows = {}  # noqa: RUF012
 
     def examples(self):
@@ -176,9 +176,9 @@ class Given(AbstractRows):
         return json.dumps(self.rows[self.shape])
 
 
-def prepared(shape, rows, cache, said=None, template=None, **values):
+def prepared(shape, rows, cache, said=None, template=None, model=None, **values):
     Given.rows[shape] = rows
-    return prepare(Given(shape=shape, max_length=values.pop("max_length", 64), **values), Auto(), FakeModel(), template or Jinja(),
+    return prepare(Given(shape=shape, max_length=values.pop("max_length", 64), **values), Auto(), model or FakeModel(), template or Jinja(),
                    eval_fraction=0.0, seed=0, cache=cache, say=([] if said is None else said).append)  # fmt: skip
 
 
@@ -248,3 +248,11 @@ def test_the_tiny_models_own_template_writes_tools(tmp_path):
     assert learned == '<tool_call>\n{"name": "weigh", "arguments": {}}\n</tool_call><|im_end|>'
     assert tokenizer.chat_notes() == []
     assert with_template(folder, Jinja(), tmp_path) == folder
+
+
+def test_answers_need_no_template(tmp_path):
+    done = prepared(
+        "completion", [{"prompt": "the cat", "completion": " sat"}], tmp_path, model=FakeModel(template=None)
+    )
+    assert done.notes == []
+    assert done.num_targets == len(TextTokenizer.load(done.assets).encode(" sat")) + 1
