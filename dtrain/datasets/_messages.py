@@ -29,7 +29,7 @@ class Names:
     """How messages are written in these rows."""
 
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Besides ROLES, and before them."""
+    """Names in the rows and what they are, besides ROLES and before them."""
     role: str | None = None
     """The key of a message's role, where it is another than the usual."""
     content: str | None = None
@@ -38,10 +38,8 @@ class Names:
         """Raises BadRowError."""
         found = self.roles.get(role) or ROLES.get(role) or ROLES.get(role.lower())
         if found is None:
-            raise BadRowError(
-                f"a role that is not known: `{role}`; say what it is, as in 'dataset.roles={{{role}: "
-                f"tool}}' (or user, assistant, system, function_call, any role of the template)"
-            )
+            raise BadRowError(f"a role that is not known: `{role}`; say what it is, as in dataset.roles.tool={role} "
+                              f"(or user, assistant, system, function_call, any role of the template)")  # fmt: skip
         return _CALL if ROLES.get(found) == _CALL else found
 
     def unused(self, message: Mapping[str, Any]) -> list[str]:

@@ -119,7 +119,7 @@ def look(rows: Sequence[Mapping[str, Any]], shape: Shape, columns: Mapping[str, 
     if len(seen) == 1 and not mapped and set(seen.values()) == {frozenset({str})}:
         return Layout(FORMS[-1], {"text": next(iter(seen))}, tuple(seen), ())
     raise DataError(f"dataset: no known columns: the rows have {listed(seen)}; say which column is what, as in "
-                    f"'dataset.columns={{question: COLUMN, answer: COLUMN}}'; parts of a row are "
+                    f"dataset.columns.question=COLUMN dataset.columns.answer=COLUMN; parts of a row are "
                     f"{', '.join(PARTS)}")  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def _lacking(form: Form, shape: str, seen: Seen, mapped: Mapping[str, str]) -> s
     if lacks:
         named = " and for ".join(" or ".join(f"`{part}`" for part in group) for group in lacks)
         return (f"dataset.shape={shape}: no column for {named}; there are: {listed(seen)}; name it, as in "
-                f"'dataset.columns={{{lacks[0][0]}: COLUMN}}'")  # fmt: skip
+                f"dataset.columns.{lacks[0][0]}=COLUMN")  # fmt: skip
     parts = [*(part for group in form.needs for part in group), *form.may]
     return (f"dataset.columns: {listed(part for part in mapped if part not in parts)} is no part of "
             f"dataset.shape={shape}, whose parts are {', '.join(parts)}")  # fmt: skip

@@ -28,9 +28,9 @@ class AbstractTable(AbstractRows):
     columns: dict[str, str] = Field(default_factory=dict)
     """Parts of a row and the columns that hold them, as {question: ask, answer: reply}; what is not named is found by
     usual names. `role` and `content` are the keys of a message."""
-    roles: dict[str, str] = Field(default_factory=dict)
-    """Roles in the rows and what they are to the chat template, as {search: function_call, return: tool}; the usual
-    names are known."""
+    roles: dict[str, str | list[str]] = Field(default_factory=dict)
+    """Roles as the chat template knows them and their names in the rows, as {function_call: search, tool: [return,
+    found]}; the usual names are known."""
     labels: list[str] = Field(default_factory=list)
     """The labels of a classification that there may be; any where none is named."""
 
@@ -44,8 +44,16 @@ class AbstractTable(AbstractRows):
 
     def problems(self) -> list[str]:
         parts = [*PARTS, *MESSAGE_PARTS]
-        return [f"dataset.columns.{part}: no part of a row; there are: {', '.join(parts)}"
-                for part in self.columns if part not in parts]  # fmt: skip
+        names = [name for name, _ in self._roles()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        return [
+            *(
+                f"dataset.columns.{part}: no part of a row; there are: {', '.join(parts)}"
+                for part in self.columns
+                if part not in parts
+            ),
+            *(f"dataset.roles: {listed(twice)} under two roles; leave each under one" for _ in twice[:1]),
+        ]
 
     def notes(self) -> list[str]:
         found = self._look()
@@ -73,6 +81,11 @@ class AbstractTable(AbstractRows):
                 yield example
         bad.check()
 
+    def _roles(self) -> list[tuple[str, str]]:
+        """Each name in the rows, and the role that it is."""
+        return [(name, role) for role, names in self.roles.items()
+                for name in ([names] if isinstance(names, str) else names)]  # fmt: skip
+
     def _look(self) -> tuple[Reading, Sequence[Mapping[str, Any]]] | None:
         """How to read the rows, and the first of them; None where there is none. Raises DataError."""
         first: list[dict[str, Any]] = []
@@ -83,7 +96,7 @@ class AbstractTable(AbstractRows):
                 break
         if not first:
             return None
-        names = Names(self.roles, self.columns.get("role"), self.columns.get("content"))
+        names = Names(dict(self._roles()), self.columns.get("role"), self.columns.get("content"))
         return Reading(look(first, self.shape, self.columns), names, self.labels), first
 
 

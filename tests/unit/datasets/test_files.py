@@ -172,7 +172,7 @@ MESSAGES = [
     ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "F:2: message 1 has parts that are no text: `image_url`"),
     ([{"role": "", "content": "a"}], "F:2: the role of message 1 is empty"),
     ([{"role": 3, "content": "a"}], "F:2: the role of message 1 is a number instead of a string"),
-    ([U, {"role": "wizard", "content": "a"}], "F:2: a role that is not known: `wizard`; say what it is, as in 'dataset.roles={wizard: tool}'"),
+    ([U, {"role": "wizard", "content": "a"}], "F:2: a role that is not known: `wizard`; say what it is, as in dataset.roles.tool=wizard ("),
     ([S, S, U, A], "F:2: two system turns: message 1 and message 2; make them one"),
     ([U, S, A], "F:2: a system turn that is not the first: message 2"),
     ([S], "F:2: nothing but a system turn"),

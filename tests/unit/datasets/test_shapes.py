@@ -183,7 +183,7 @@ def test_every_small_file_is_tried():
 def test_roles_and_keys_by_mapping():
     """A booking bot: its clerk searches, and something is returned."""
     columns = {"role": "speaker", "content": "utterance"}
-    roles = {"guest": "user", "clerk": "assistant", "search": "function_call", "return": "tool"}
+    roles = {"user": "guest", "assistant": ["clerk", "店员"], "function_call": "search", "tool": "return"}
     notes, examples = read(HERE / "booking.jsonl", columns=columns, roles=roles)
     assert notes[1:] == [
         "messages rows (messages=dialog) as conversations",
@@ -200,11 +200,15 @@ def test_roles_and_keys_by_mapping():
             ],
         )
     ]
-    _, (example,) = read(HERE / "booking.jsonl", columns=columns, roles={**roles, "search": "search"})
+    _, (example,) = read(
+        HERE / "booking.jsonl", columns=columns, roles={**roles, "function_call": [], "search": "search"}
+    )
     assert example.messages[1]["role"] == "search"  # of a template of one's own
-    del roles["search"]
+    (said,) = Files(path="a.jsonl", format="jsonl", roles={**roles, "judge": ["search", "clerk"]}).problems()[:1]
+    assert said == "dataset.roles: `clerk`, `search` under two roles; leave each under one"
+    del roles["function_call"]
     with pytest.raises(
-        DataError, match=r"a role that is not known: `search`; say what it is, as in 'dataset.roles=\{search: "
+        DataError, match=r"a role that is not known: `search`; say what it is, as in dataset.roles.tool=search "
     ):
         read(HERE / "booking.jsonl", columns=columns, roles=roles)
     with pytest.raises(
@@ -312,10 +316,10 @@ def test_keys_of_messages_that_are_not_used_are_told(tmp_path):
 
 WRONG = [
     ({"columns": {"question": "asked"}}, "dataset.columns.question=asked: no such column; did you mean `ask`?; there are: `ask`, `x`"),
-    ({"shape": "alpaca"}, "dataset.shape=alpaca: no column for `instruction` and for `output`; there are: `ask`, `x`; name it, as in 'dataset.columns={instruction: COLUMN}'"),
+    ({"shape": "alpaca"}, "dataset.shape=alpaca: no column for `instruction` and for `output`; there are: `ask`, `x`; name it, as in dataset.columns.instruction=COLUMN"),
     ({"shape": "text", "columns": {"answer": "x"}}, "dataset.shape=text: no column for `text`"),
     ({"shape": "qa", "columns": {"answer": "x", "label": "x"}}, "dataset.columns: `label` is no part of dataset.shape=qa, whose parts are question, answer, input,"),
-    ({}, "dataset: no known columns: the rows have `ask`, `x`; say which column is what, as in 'dataset.columns={question: COLUMN, answer: COLUMN}'"),
+    ({}, "dataset: no known columns: the rows have `ask`, `x`; say which column is what, as in dataset.columns.question=COLUMN dataset.columns.answer=COLUMN;"),
 ]  # fmt: skip
 
 
