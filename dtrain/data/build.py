@@ -27,7 +27,7 @@ from dtrain.data.rows import Row
 from dtrain.data.store import write_rows
 from dtrain.data.tokenizer import TextTokenizer
 from dtrain.datasets.badrows import BadRows
-from dtrain.datasets.base import Example, Skipped, Text
+from dtrain.datasets.base import Chat, Example, Judged, Preference, Skipped, Text
 from dtrain.errors import DataError
 
 WINDOW = 2**20
@@ -75,7 +75,7 @@ def build(
         "counts": counts.reasons,
         "by_source": counts.sources,
         "first": counts.places,
-        "notes": [*about(tokenizer, used=not issubclass(shape, Text)), *resolved.notes(shape)],
+        "notes": [*about(tokenizer, used=issubclass(shape, Chat | Preference | Judged)), *resolved.notes(shape)],
         "digest": writer.digest.hexdigest(),
     }
     sizes = {name: (folder / name).stat().st_size for name in FILES}
