@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from typing import final
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from dtrain.data.batch import Batch
 from dtrain.data.collate import collate
-from dtrain.data.order import AbstractOrder
+from dtrain.data.places import consumed, placed
 from dtrain.data.store import AbstractStore
 from dtrain.plan.batch import BatchPlan
 
@@ -59,31 +58,6 @@ class Loader:
         return _window(self._store, self._batch, ids, rank=self._rank, pad_id=self._pad_id)
 
 
-def consumed(store: AbstractStore, order: AbstractOrder, samples: int) -> dict[str, dict[str, int]]:
-    """Of each source, samples and tokens among the first `samples` of the order."""
-    taken, start, found = order.before(samples), 0, {}
-    for k, (name, source) in enumerate(store.sources.items()):
-        size = len(source)
-        mine = taken.further[(taken.further >= start) & (taken.further < start + size)] - start
-        passes, rest = divmod(taken.counts[k], size)
-        tokens = passes * int(source.lengths.sum(dtype=np.int64)) if passes else 0
-        tokens += int(source.lengths[np.concatenate([order.source(k).ids(passes * size, rest), mine])].sum())
-        found[name] = {"samples": taken.counts[k] + len(mine), "tokens": tokens}
-        start += size
-    return found
-
-
-def padding(store: AbstractStore, order: AbstractOrder, batch: BatchPlan, *, steps: int) -> float:
-    """Share of padding in what the ranks compute in the first so many steps."""
-    width, lengths = 0, store.lengths
-    ids = order.ids(0, steps * batch.global_batch).reshape(steps, -1)
-    for each in ids:
-        placed = lengths[_placed(store, batch, each)]
-        micros = [places for rank in range(batch.size) for places in batch.micros(rank) if places]
-        width += sum(int(placed[places.start : places.stop].max()) * len(places) for places in micros)
-    return 1 - int(lengths[ids].sum(dtype=np.int64)) / width
-
-
 def eval_windows(
     store: AbstractStore, batch: BatchPlan, *, rank: int, pad_id: int, max_rows: int | None = None
 ) -> Iterator[list[Batch]]:
@@ -99,24 +73,6 @@ def eval_windows(
 
 def _window(store: AbstractStore, batch: BatchPlan, ids: Ints, *, rank: int, pad_id: int) -> list[Batch]:
     """`ids` is a whole global batch."""
-    placed = _placed(store, batch, ids).tolist()
-    mine = [placed[places.start : places.stop] for places in batch.micros(rank)]
+    places = placed(store, batch, ids).tolist()
+    mine = [places[each.start : each.stop] for each in batch.micros(rank)]
     return [collate([store.row(i) for i in each], each, pad_id) for each in mine]
-
-
-def _placed(store: AbstractStore, batch: BatchPlan, ids: Ints) -> Ints:
-    """The samples of a global batch at their places in it: as they come, or where they differ in length the longest
-    first, dealt out so that what the ranks compute at the same time is of like length.
-    """
-    if store.packed:
-        return ids
-    placed = np.empty_like(ids)
-    placed[_dealt(batch)] = ids[np.argsort(-store.lengths[ids], kind="stable")]
-    return placed
-
-
-@lru_cache(maxsize=4)
-def _dealt(batch: BatchPlan) -> Ints:
-    """The places of a global batch: those of all ranks' first micro-batches, of all ranks' second ones, and so on."""
-    layers = zip(*(batch.micros(rank) for rank in range(batch.size)), strict=True)
-    return np.array([place for layer in layers for places in layer for place in places], np.int64)

@@ -92,7 +92,7 @@ class Prepared:
 
     def padding(self, batch: BatchPlan, seed: int) -> str:
         """How much of what the ranks compute is padding, in words; empty where rows are packed."""
-        from dtrain.data.loader import padding
+        from dtrain.data.places import padding
 
         store = self.rows(FILES[0])
         if store.packed:

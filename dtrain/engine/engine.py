@@ -96,7 +96,9 @@ class Engine:
         self._saver = saving.saver if saving else NoSaver()
         self._save_s = saving.guess_s if saving else 0.0
         course = self._course
-        loader = Loader(self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id)
+        self._loader = loader = Loader(
+            self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id
+        )
         self._agree()
         try:
             self._eval_if_due()
@@ -198,6 +200,7 @@ class Engine:
             metrics["loss"] = state.last_loss
         if state.eval_step == state.step and state.eval_loss is not None:
             metrics["eval_loss"] = state.eval_loss
+        state = dataclasses.replace(state, consumed=self._loader.consumed(state.samples))
         what = self._saving.describe(state, metrics)
         self._saver.save(self._strategy.shards(), what, rng.save(self._comm.device))
         self._saved_step, self._save_due = state.step, False

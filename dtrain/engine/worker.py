@@ -68,8 +68,7 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
 def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins: Sequence[str],
           told: list[int]) -> None:  # fmt: skip
     from dtrain.comm import TorchComm
-    from dtrain.data.prepare import read_prepared
-    from dtrain.data.store import RowStore
+    from dtrain.data.prepared import FILES, read_prepared
     from dtrain.engine.build import build
     from dtrain.trackers.fan_out import FanOut
 
@@ -83,8 +82,8 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     progress.phase = "load"
     manifest = run.read_manifest()
     data = manifest["data"]
-    prepared = read_prepared(Path(data["dir"]), Path(data["assets"]), config.objective)
-    rows = (RowStore(prepared.dir / "train.arrow"), RowStore(prepared.dir / "eval.arrow"))
+    prepared = read_prepared(Path(data["dir"]), Path(data["assets"]), config.objective, wait_s=SEEN_S)
+    rows = (prepared.rows(FILES[0]), prepared.rows(FILES[1]))
     plain = frozen.to_plain(config)
     trackers = FanOut(spec.build(run.path, plain, stream) for spec in config.tracker.values() if comm.rank == 0)
     passed_over: list[str] = []

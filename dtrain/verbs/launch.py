@@ -134,6 +134,8 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
                        eval_fraction=config.eval.fraction, cache=cache.absolute(), say=say)  # fmt: skip
     for line in prepared.lines():
         say(line)
+    if padding := prepared.padding(proposal.plan.batch, config.run.seed):
+        say(padding)
     say(f"objective: {type(prepared.objective).__name__.lower()}")
     return prepared, settle(config, proposal.plan, proposal.strategies, prepared.objective, prepared.num_rows)
 

@@ -3,8 +3,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dtrain.data.loader import Loader, consumed, eval_windows, padding
+from dtrain.data.loader import Loader, eval_windows
 from dtrain.data.order import global_batch_ids
+from dtrain.data.places import consumed, padding
 from dtrain.data.rows import Row
 from dtrain.data.store import MixedStore, RowStore, write_rows
 from dtrain.plan.batch import BatchPlan
