@@ -68,13 +68,16 @@ def fitting(tokenizer: TextTokenizer) -> str:
 
 def _fill(making: Path, folder: Path, template: TemplateSpec) -> None:
     if template.text:
+        from dtrain.data.chat import ChatTemplate
+
+        ChatTemplate(template.text, {}, origin=template.name)  # does it parse?
         config = {key: value for key, value in _read(folder / "tokenizer_config.json").items() if key != _KEY}
         _write(making / "tokenizer_config.json", config)
         (making / "chat_template.jinja").write_text(template.text, encoding="utf-8")
     for path in sorted(folder.iterdir()):
         if path.is_file() and not (making / path.name).exists():
             (making / path.name).symlink_to(path.resolve())
-    tokenizer = TextTokenizer.load(making)
+    tokenizer = TextTokenizer.load(making if template.text else folder)
     generation = _read(folder / "generation_config.json")
     ids = _stops(folder)
     stops = [_stop_id(tokenizer, template, token) for token in template.ends or tokenizer.ends_of_turns()]

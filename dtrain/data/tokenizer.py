@@ -201,7 +201,7 @@ def _load_templates(
     from dtrain.data.turns import Turns
 
     named = [special.get("eos_token"), *map(tokenizer.id_to_token, stop_ids(folder))]
-    stops = [token for token in dict.fromkeys(named) if token]
+    stops = [token for token in dict.fromkeys(named) if token and tokenizer.token_to_id(token) is not None]
     marks = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     return {name: Turns(ChatTemplate(text, special, origin=str(origin)), [*marks, *stops], stops)
             for name, (text, origin) in sources.items()}  # fmt: skip

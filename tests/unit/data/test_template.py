@@ -132,6 +132,22 @@ def test_a_tokenizer_without_an_end_of_text(tmp_path):
     (before / "tokenizer_config.json").write_text("{}")
     with pytest.raises(DataError, match="template=plain: ends a turn with eos_token, which is no token of this model"):
         with_template(before, named("plain"), tmp_path / "cache")
+    config = {
+        "eos_token": "<nowhere>",
+        "chat_template": "{% for m in messages %}{{ m.content ~ eos_token }}{% endfor %}",
+    }
+    (before / "tokenizer_config.json").write_text(json.dumps(config))
+    assert with_template(before, Jinja(), tmp_path / "cache") == before  # texts can be read all the same
+    with pytest.raises(DataError, match=r"own/tokenizer_config.json names no `eos_token` of the vocabulary"):
+        TextTokenizer.load(before).chat(MESSAGES)
+
+
+def test_a_template_that_does_not_parse_is_named(tmp_path):
+    before = own(tmp_path / "own", "{% for %}")
+    with pytest.raises(DataError, match=r"template: the one in .*/own/tokenizer_config.json does not parse: line 1"):
+        with_template(before, Jinja(), tmp_path / "cache")
+    with pytest.raises(DataError, match=r"template: the one in mine.jinja does not parse: line 1"):
+        with_template(before, Jinja(name="mine.jinja", text="{% for %}"), tmp_path / "cache")
 
 
 def test_what_is_printed(tmp_path):
