@@ -23,7 +23,7 @@ _STRUCTURE = re.compile(r"[\[\]{}()'\"$,\\]")
 
 _EITHER = (("train.steps", "train.epochs"), ("batch.global_batch", "batch.global_tokens"))
 """Two keys for one number: to type one takes back the other's default."""
-_IMPLIED = {"dataset.path": ("dataset", "files")}
+_IMPLIED = {"dataset.path": ("dataset", "files"), "dataset.sources": ("dataset", "mixture")}
 """Keys that are typed for one choice only: to type one chooses it, unless the group is chosen otherwise."""
 _SHORT = {"resume": "resume.path"}
 """What may be typed for a key that stands in a section."""
@@ -254,7 +254,8 @@ def _prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
 def _implied(prepared: Sequence[str], extra: Path | None) -> list[str]:
     typed = dict(one.lstrip("+").partition("=")[::2] for one in prepared)
     return [f"{group}={choice}" for key, (group, choice) in _IMPLIED.items()
-            if key in typed and group not in typed and not _chooses(typed, group, extra)]  # fmt: skip
+            if any(one == key or one.startswith(f"{key}.") for one in typed)
+            and group not in typed and not _chooses(typed, group, extra)]  # fmt: skip
 
 
 def _chooses(typed: Mapping[str, str], group: str, extra: Path | None) -> bool:

@@ -15,7 +15,7 @@ from dtrain.datasets._columnar import arrow_rows, parquet_rows
 from dtrain.datasets._csv import csv_rows, find_delimiter
 from dtrain.datasets._find import COLUMNAR, digest, find, format_of
 from dtrain.datasets._json import json_file, json_lines
-from dtrain.datasets._lines import check_encoding, find_encoding
+from dtrain.datasets._lines import PACKED, check_encoding, find_encoding
 from dtrain.datasets._text import Unit, find_unit, text_rows
 from dtrain.datasets.badrows import BadRowError
 from dtrain.datasets.table import AbstractTable, Found
@@ -70,6 +70,12 @@ class Files(AbstractTable):
         for file in self._look_at(files):
             for place, row in self._rows_of(file, unit):
                 yield f"{file.path}:{place}", row
+
+    def size(self) -> int | None:
+        files = self._files()[0]
+        if any(file.suffix.lower() in PACKED or self._format(file) in COLUMNAR for file in files):
+            return None
+        return sum(file.stat().st_size for file in files)
 
     def digest(self) -> str:
         return digest(self._files()[0])

@@ -42,7 +42,7 @@ def _settled(config: Config, plan: Plan) -> list[str]:
         f"run        {config.run.name} in {config.run.dir}/{config.run.name}, seed {config.run.seed}",
         f"model      {f.num_params / 1e6:,.1f} M parameters{about}, {trained}; {f.layers} layers of {f.hidden}, "
         f"vocabulary {f.vocab:,}",
-        f"data       {_name(config.dataset)}: rows of up to {plan.length:,} tokens, {packed}; "
+        f"data       {_dataset(config)}: rows of up to {plan.length:,} tokens, {packed}; "
         f"objective {_name(config.objective)}, template {config.template.name}",
         f"ranks      {t.size} on {plan.device}: {t.nodes} node{'s' * (t.nodes > 1)} x {t.procs_per_node}",
         f"strategy   {plan.strategy}, {plan.precision}{recomputed}",
@@ -53,6 +53,14 @@ def _settled(config: Config, plan: Plan) -> list[str]:
         f"saves      {_saves(config.checkpoint, plan.checkpoint_bytes)}",
         f"output     export in {dtype}; trackers {', '.join(config.tracker) or 'none'}",
     ]
+
+
+def _dataset(config: Config) -> str:
+    parts = config.dataset.parts()
+    if parts is None:
+        return _name(config.dataset)
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in parts.weights.items())
+    return f"mixture by tokens of {weights}, on_dry={parts.on_dry}"
 
 
 def _name(spec: object) -> str:

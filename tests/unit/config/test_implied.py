@@ -16,6 +16,8 @@ from dtrain.config.compose import compose
         (["dataset=stdlib", "dataset.path=a.jsonl"], "stdlib"),
         (["+dataset=hub", "dataset.path=a.jsonl"], "hub"),
         (["dataset.max_length=64"], "stdlib"),
+        (["dataset.sources={a:{path:a.jsonl,weight:2}}"], "mixture"),
+        (["dataset.sources.a.path=a.jsonl", "dataset.sources.b.path=b.jsonl"], "mixture"),
     ],
 )
 def test_a_path_is_of_files(typed, chosen):
