@@ -78,8 +78,8 @@ class Turns:
         """What a user should know of how this template is learned, found by small conversations."""
         turns = [(rendered, i, self._region(rendered, i)) for rendered in self._probes for i in rendered.said()]
         if any(region and rendered.strict(i) is None for rendered, i, region in turns):
-            yield ("it writes a turn of the assistant in another way once others follow, such as without its thinking; "
-                   "each turn is learned as it stands in the whole conversation")  # fmt: skip
+            yield ("it writes the same messages in another way once others follow, such as turns without their "
+                   "thinking; each turn is learned as it stands in the whole conversation")  # fmt: skip
         if any(region and not self._ends(rendered, i, *region) for rendered, i, region in turns):
             yield ("no special token ends a turn, so a model does not learn to stop; template.ends names the tokens "
                    "that do, or choose another with template=")  # fmt: skip

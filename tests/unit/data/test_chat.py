@@ -147,7 +147,7 @@ def test_turns_of_a_template_that_rewrites_the_past():
     assert learned(QWEN3, said("q", "a", "r", "b")) == ["a<|im_end|>", "<think>\n\n</think>\n\nb<|im_end|>"]
     assert learned(QWEN3, messages, [False, False, False, True]) == ["<think>\nso\n</think>\n\nb<|im_end|>"]
     (note,) = TURNS_OF_QWEN3.notes()
-    assert note.startswith("it writes a turn of the assistant in another way once others follow")
+    assert note.startswith("it writes the same messages in another way once others follow")
 
 
 def test_a_turn_of_which_generation_begins_elsewhere_is_refused():
