@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,12 @@ class Trained:
     """Of the reference: the rows of each step."""
 
 
-def reference(folder: Path, recipe: Recipe) -> Trained:
-    """What the plain loop makes of it."""
+def reference(
+    folder: Path,
+    recipe: Recipe,
+    after: Callable[[int, Any, torch.optim.Optimizer], None] = lambda done, model, optimizer: None,
+) -> Trained:
+    """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
@@ -96,6 +101,7 @@ def reference(folder: Path, recipe: Recipe) -> Trained:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        after(step + 1, model, optimizer)
     held_out = RowStore(folder / "eval.arrow")
     with torch.no_grad():
         eval_loss = float(_mean_loss(model, [held_out.row(i) for i in range(len(held_out))]))

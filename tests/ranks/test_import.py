@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from dtrain.checkpoint import manifest
 from dtrain.checkpoint.foreign import open_source, write
 from dtrain.checkpoint.storage import Reader
 from dtrain.checkpoint.verify import problems
-from dtrain.data.order import global_batch_ids
-from dtrain.data.store import RowStore
 from dtrain.plan.world import World
-from tests.contract.small import VOCAB, Recipe, Record, _cosine, _mean_loss, make, make_built, overrides, reference
+from tests.contract.small import VOCAB, Recipe, Record, Trained, make, make_built, overrides, reference
 from tests.processes import run_ranks
 
 Whole = dict[tuple[str, str], np.ndarray]
@@ -78,8 +78,6 @@ def _deepspeed(small: Path, stage: int, out: Path) -> Whole:
 def _fsdp2(small: Path, _: int, out: Path) -> Whole:
     """Three steps, saved by torch's own functions under the names of its tutorial."""
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo")
@@ -139,48 +137,31 @@ DONE = 4
 
 
 def test_a_run_goes_on_as_if_it_had_been_its_own(small: Path, tmp_path: Path) -> None:
+    """The first steps by torch alone, saved by torch alone."""
+
+    def save(done: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        if done == DONE:
+            weights, state = get_state_dict(model, optimizer)
+            dcp.save({"app": {"net": weights, "optim": state}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+
     recipe = Recipe(8)
-    losses, norms, weights, eval_loss = reference(small, recipe)
-    assert _plain(small, recipe, tmp_path / "dcp") == pytest.approx(losses[:DONE], rel=1e-6)
+    expected = reference(small, recipe, after=save)
     write(open_source(tmp_path / "dcp"), tmp_path / "made", step=DONE, samples=DONE * recipe.global_batch)
     for got in run_ranks(_go_on, small, recipe, tmp_path / "made", size=2):
-        assert got[0] == pytest.approx(losses[DONE:], rel=1e-5)
-        assert got[1] == pytest.approx(norms[DONE:], rel=1e-5)
-        assert got[2] == pytest.approx(eval_loss, rel=1e-5)
-        for name, expected in weights.items():
-            assert np.abs(got[3][name] - expected.numpy()).max() / expected.abs().max() < 1e-5, name
+        assert got.losses == pytest.approx(expected.losses[DONE:], rel=1e-5)
+        assert got.norms == pytest.approx(expected.norms[DONE:], rel=1e-5)
+        assert got.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
+        assert got.weights.keys() == expected.weights.keys()
+        for name, weight in expected.weights.items():
+            assert np.abs(got.weights[name] - weight).max() / np.abs(weight).max() < 1e-5, name
 
 
-def _plain(small: Path, recipe: Recipe, out: Path) -> list[float]:
-    """The first steps by torch alone, saved by torch alone."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    model = _model(small)
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=recipe.eps)
-    store, losses = RowStore(small / "train.arrow"), []
-    for step in range(DONE):
-        rows = [store.row(int(i)) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))]
-        loss = _mean_loss(model, rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * _cosine(step, recipe)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"app": {"net": weights, "optim": state}}, checkpoint_id=out, no_dist=True)
-    return losses
-
-
-def _go_on(small: Path, recipe: Recipe, folder: Path) -> tuple[list[float], list[float], float, dict[str, np.ndarray]]:
+def _go_on(small: Path, recipe: Recipe, folder: Path) -> Trained:
     from dtrain.engine.state import Progress
 
     reader, record = Reader(folder, manifest.read(folder)), Record()
     built = make_built(small, overrides(small, recipe, "strategy=zero2"), resume=reader)
     built.engine.run([record], Progress())
     weights = {name: full.numpy() for name, full in built.strategy.full_state()}
-    return ([r.loss for r in record.reports], [r.grad_norm for r in record.reports], record.evals[-1].loss, weights)
+    return Trained([r.loss for r in record.reports], [r.grad_norm for r in record.reports], weights,
+                   record.evals[-1].loss)  # fmt: skip
