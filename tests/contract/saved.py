@@ -46,7 +46,7 @@ class Ran:
     first: list[Piece]
     """Before the first step."""
     saved: list[Piece]
-    """When it was last saved; empty where it was not."""
+    """When it was first saved; empty where it was not."""
     last: list[Piece]
 
 
@@ -94,7 +94,7 @@ class _Watch(Record):
 
 
 class _Copying:
-    """A saver that keeps a copy of what it was given."""
+    """A saver that keeps a copy of what it was first given."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver
@@ -110,7 +110,7 @@ class _Copying:
 
     def save(self, shards: Iterable[Shard], what: Manifest, blobs: Mapping[str, bytes]) -> None:
         given = list(shards)
-        self.pieces = copies(given)
+        self.pieces = self.pieces or copies(given)
         self._saver.save(given, what, blobs)
 
     def finished(self) -> Saved | None:
