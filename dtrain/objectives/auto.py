@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @spec
 class Auto(ObjectiveSpec):
     train_on: TrainOn = "assistant"
-    """Whose messages of a conversation are learned: the assistant's; only those of its last turn, after the last message
-    of the user; all; or those of a list of roles. A message that has `train` decides itself."""
+    """Whose messages of a conversation are learned: the assistant's; only those of its last turn, after the last
+    message of the user; all; or those of a list of roles. A message that has `train` decides itself."""
 
     def problems(self) -> list[str]:
         return SFT(train_on=self.train_on).problems()
