@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dtrain.checkpoint.manifest import Manifest
 from dtrain.checkpoint.resume import verified
 from dtrain.checkpoint.saver import Saved, Saver
 from dtrain.checkpoint.storage import Reader
 from dtrain.comm import TorchComm
+from dtrain.config.schema import Config
 from dtrain.engine.engine import Saving
 from dtrain.engine.state import Progress
 from dtrain.plan.world import World
@@ -50,19 +52,19 @@ class Ran:
     last: list[Piece]
 
 
-def run(folder: Path, typed: list[str], root: Path, start: Path | None, *, noise: bool) -> Ran:
+def run(folder: Path, config: Config, root: Path, start: Path | None, *, noise: bool) -> Ran:
     """Train with dtrain's own engine and saver, from the checkpoint `start` on; call it on every rank.
 
     `root`: for checkpoints. `noise`: the loss hangs on Python's and numpy's generators, as an objective's may.
     """
     reader = None if start is None else Reader(*verified([start], TorchComm(World.from_env("cpu")), print))
-    built = make_built(folder, typed, resume=reader)
+    built = make_built(folder, config, resume=reader)
     if reader is not None:
         reader.close()
     first = copies(built.strategy.shards())
     watch = _Watch(built.engine._objective, noise=noise)
     built.engine._objective = watch.objective
-    policy = built.config.checkpoint
+    policy = config.checkpoint
     saver = _Copying(Saver(root, policy, built.comm.sibling()))
     saving = Saving(saver, built.describe({}, {"size": built.comm.size}), policy.every_steps, policy.at_end, True)
     built.engine.run([watch], Progress(), saving)
@@ -81,7 +83,7 @@ class _Watch(Record):
 
     def objective(self, module: Any, batch: Any) -> Any:
         loss = self._objective(module, batch)
-        if not module.training:
+        if not torch.is_grad_enabled():
             return loss
         self._given += batch.sample_ids
         factor = 1 + random.random() / 8 + np.random.random() / 8 if self._noise else 1.0

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dtrain.config.schema import Config
 from dtrain.data.order import global_batch_ids
 from dtrain.data.rows import Row
 from dtrain.data.store import RowStore, write_rows
@@ -162,15 +163,21 @@ class Record:
     def note(self, line: str) -> None: ...
 
 
-def make_built(folder: Path, typed: list[str], *, resume: Any = None) -> Any:
-    """dtrain's own engine for what was typed; call it on every rank. `resume`: a checkpoint's Reader."""
-    from dtrain.comm import TorchComm
+def settled(typed: list[str]) -> Config:
+    """The configuration; nothing in it is left to settle."""
     from dtrain.config.compose import compose
     from dtrain.config.validate import validate
+
+    return validate(compose(typed).values)
+
+
+def make_built(folder: Path, typed: list[str] | Config, *, resume: Any = None) -> Any:
+    """dtrain's own engine for what was typed; call it on every rank. `resume`: a checkpoint's Reader."""
+    from dtrain.comm import TorchComm
     from dtrain.engine.build import build
     from dtrain.plan.world import World
 
-    config = validate(compose(typed).values)
+    config = settled(typed) if isinstance(typed, list) else typed
     world = World.from_env("cpu")
     rows = (RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
     return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0, resume=resume)

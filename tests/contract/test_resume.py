@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from dtrain.checkpoint.manifest import folder_name
+from dtrain.config.schema import Config
 from tests.contract.saved import Ran, Whole, rows_of, run, whole
-from tests.contract.small import Recipe, Trained, make, overrides, reference
+from tests.contract.small import Recipe, Trained, make, overrides, reference, settled
 from tests.contract.test_equivalence import STRATEGIES, difference
 from tests.contract.test_variants import DIVIDED
 from tests.processes import run_ranks
@@ -88,9 +89,14 @@ Save = Callable[[Node], tuple[Path, list[Ran]]]
 
 def _go(folder: Path, recipe: Recipe, way: str, root: Path, start: Path | None = None, *more: str, size: int,
         noise: bool = False) -> list[Ran]:  # fmt: skip
-    typed = overrides(folder, recipe, "eval.fraction=0", f"checkpoint.every_steps={recipe.steps // 2}",
-                      "checkpoint.at_end=false", *WAYS[way], *more)  # fmt: skip
-    return run_ranks(functools.partial(run, noise=noise), folder, typed, root, start, size=size)
+    typed = overrides(folder, recipe, f"checkpoint.every_steps={recipe.steps // 2}", "checkpoint.at_end=false", *WAYS[way],
+                      *more)  # fmt: skip
+    return run_ranks(functools.partial(run, noise=noise), folder, _settled(*typed), root, start, size=size)
+
+
+@functools.cache
+def _settled(*typed: str) -> Config:
+    return settled(list(typed))
 
 
 @pytest.fixture(scope="module")
