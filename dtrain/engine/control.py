@@ -15,7 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME_LIMIT = 1000
 STOP_FILE = 1001
 """Beyond the numbers of signals."""
-SPARE_S = 5.0
+SPARE_S = 20.0
+"""For what comes after the last save: trackers that finish, pictures, processes that end."""
 _WORDS = {TIME_LIMIT: "the time limit is near", STOP_FILE: "the file STOP"}
 BY_SCHEDULER = (*_WORDS.values(), signal.SIGUSR1.name)
 """Reasons that come from a job's time being over rather than from a person who wants an end."""
