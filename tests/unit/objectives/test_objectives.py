@@ -21,6 +21,9 @@ class Letters:
     def encode(self, text):
         return [ord(letter) for letter in text]
 
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
     def masked(self, text, spans):
         return self.encode(text), [any(start <= i < end for start, end in spans) for i in range(len(text))]
 
