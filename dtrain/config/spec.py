@@ -192,6 +192,12 @@ class ObjectiveSpec(AbstractSpec):
     def encode(self, example: Example, tokenizer: TextTokenizer) -> Row:
         """Tokens of one example, and which of them are targets. Raises DataError."""
 
+    def encode_many(self, examples: Sequence[Example], tokenizer: TextTokenizer) -> Sequence[Row] | None:
+        """The same of several at once, for an objective that is faster so and refuses no row by itself; None where each
+        is to be encoded alone.
+        """
+        return None
+
     @abstractmethod
     def build(self) -> Callable[[nn.Module, Batch], Loss]:
         """The loss of one micro-batch, as a sum over targets."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, ClassVar
 
 READ = "read"
 CUT_OFF, CUT_OFF_LEARNED = "tokens cut off", "of these to be learned"
-_LINE = re.compile(r":\d+$")
 
 
 @dataclasses.dataclass(slots=True)
@@ -28,7 +26,8 @@ class Counts:
 
     def add(self, reason: str, source: str, num: int = 1) -> None:
         """`source` is an example's: `file:line`."""
-        self._count(reason, _LINE.sub("", source), num)
+        name, _, line = source.rpartition(":")
+        self._count(reason, name if line.isdigit() else source, num)
         places = self.places.setdefault(reason, []) if reason not in (READ, CUT_OFF, CUT_OFF_LEARNED) else None
         if places is not None and len(places) < self.kept_places and source not in places:
             places.append(source)

@@ -56,6 +56,8 @@ class Encoder:
         rows: list[Row] = []
         shares: list[float] = []
         done = Encoded(num_examples=len(examples))
+        good = [example for example in examples if not isinstance(example, Skipped)]
+        together = iter(self.objective.encode_many(good, tokenizer) or ())
         for example in examples:
             if isinstance(example, Skipped):
                 done.skip(example)
@@ -63,7 +65,7 @@ class Encoder:
             done.counts.add(READ, example.source)
             done.num_bytes += sum(len(text.encode()) for text in example.texts())
             try:
-                row = self.objective.encode(example, tokenizer)
+                row = next(together, None) or self.objective.encode(example, tokenizer)
                 if not row.targets.any():
                     raise BadRowError("no token to learn")
                 pieces = _fit(row, self.limit, example.source, done.counts)
@@ -77,7 +79,7 @@ class Encoder:
             done.num_good += 1
             share = _share(example, self.seed)
             for piece in pieces:
-                if piece.targets.any():
+                if piece is row or piece.targets.any():
                     rows.append(piece)
                     shares.append(share)
                 else:
@@ -252,7 +254,7 @@ def _encode(chunk: list[Example]) -> Encoded:
 def _fit(row: Row, limit: Limit, source: str, counts: Counts) -> list[Row]:
     """The pieces of a document that fit into a row. Raises BadRowError where that is what to do with a long one."""
     assert len(row.lengths) == 1, "an objective encodes one document at a time"
-    assert not row.targets[:1].any(), "the first token is never a target: nothing comes before it"
+    assert not row.targets[0], "the first token is never a target: nothing comes before it"
     num, most = len(row.tokens), limit.max_length
     if num <= most:
         return [row]
