@@ -170,7 +170,7 @@ def test_dropout_and_noise_change_the_loss(small: Path, dropping: Path, tmp_path
     # Else nothing above would need the generators' states.
     recipe = Recipe(7, steps=2)
     runs = [_go(folder, recipe, "ddp", tmp_path, size=1, noise=noise)[0].losses[0]
-            for folder, noise in ((small, False), (dropping, False), (small, True), (small, True))]  # fmt: skip
+            for folder, noise in ((small, False), (dropping, False), (small, True), (dropping, True))]  # fmt: skip
     assert len(set(runs)) == 4
 
 

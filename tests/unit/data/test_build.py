@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dtrain.config.spec import spec
+from dtrain.config.spec import ObjectiveSpec, spec
 from dtrain.data import build as build_module
 from dtrain.data import encode
 from dtrain.data.documents import Documents, coded
@@ -162,6 +162,8 @@ class Numbers(Stdlib):
 
 @spec
 class Thousand(Pretrain):
+    encode_many = ObjectiveSpec.encode_many
+
     def encode(self, example, tokenizer):
         return Row(np.arange(1000, dtype=np.int32), np.arange(1000) > 0, np.array([1000], np.int32))
 

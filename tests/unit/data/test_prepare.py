@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dtrain.config.spec import spec
+from dtrain.config.spec import ObjectiveSpec, spec
 from dtrain.data.build import hold_out
 from dtrain.data.encode import _share
 from dtrain.data.prepare import Prepared, prepare
@@ -246,6 +246,8 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 @spec
 class Killed(Pretrain):
+    encode_many = ObjectiveSpec.encode_many
+
     def encode(self, example, tokenizer):
         if example.source.endswith(":5"):
             os.kill(os.getpid(), signal.SIGKILL)
