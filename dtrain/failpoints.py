@@ -2,7 +2,7 @@
 
 `DTRAIN_FAIL=ckpt.manifest:kill` kills every process that comes to that place; `ckpt.tensors:kill:rank=1:after=2` the
 one of rank 1, at the third time; `ckpt.tensors:sleep=0.5` waits there; `ckpt.tensors:full:times=1` fails as a full disk
-does, once.
+does, once; `train.forward:oom` as a device without memory does.
 """
 
 from __future__ import annotations
@@ -38,5 +38,9 @@ def reach(name: str) -> None:
             time.sleep(float(what.removeprefix("sleep=")))
         elif what == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif what == "oom":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         else:
-            raise ValueError(f"{VARIABLE}={said}: {what}: none of kill, sleep=SECONDS, full")
+            raise ValueError(f"{VARIABLE}={said}: {what}: none of kill, sleep=SECONDS, full, oom")

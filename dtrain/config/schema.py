@@ -54,6 +54,9 @@ class Run:
     time_limit: str | None = None
     """How long the run may take, as hours:minutes:seconds or minutes: it saves and stops before (exit code 75), and the
     same command goes on. Counted from the start of each attempt."""
+    hang_after: Literal["auto", "off"] | Annotated[float, Field(gt=0)] = "auto"
+    """Seconds after which ranks that do not get on in a step, an eval or a save are ended, with their stacks in the run
+    folder; `auto` learns from this run how long each takes, and is never below 300."""
     cache: str | None = None
     """Where prepared data and tokenizers are kept; `run.dir/.cache` when not given."""
 

@@ -86,6 +86,16 @@ class Meeting:
 
 
 @dataclasses.dataclass(frozen=True)
+class Restarts:
+    """What becomes of a run that failed."""
+
+    most: int = 0
+    """How often in a row it is started again; never for what the user typed, nor without progress."""
+    wait_s: float = 10.0
+    """Before the first of them; doubled each time."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What a scheduler is given instead of the processes being started here."""
 
@@ -301,9 +311,9 @@ class LauncherSpec(AbstractSpec):
         """How the machines find each other, where there are several."""
         return Gathering()
 
-    def restarts(self) -> int:
-        """How often a job whose run failed is to be queued again."""
-        return 0
+    def restarts(self) -> Restarts:
+        """How often, and after what, a run that failed is to be started or queued again."""
+        return Restarts()
 
     def job(self, run_dir: Path, launch: Sequence[str]) -> Job | None:
         """What to hand to a scheduler, which is to type `python -m dtrain <launch>` on each machine; None where the

@@ -75,9 +75,11 @@ class Built:
             batch.describe(),
         ]
 
-    def export(self, to: Path) -> None:
-        """Write the full weights with config and tokenizer. Collective: rank 0 writes, one tensor at a time."""
-        tensors = _in_step(self.strategy.full_state(), self.comm)
+    def export(self, to: Path, mark: Callable[[], None] = lambda: None) -> None:
+        """Write the full weights with config and tokenizer. Collective: rank 0 writes, one tensor at a time; `mark`
+        hears of each.
+        """
+        tensors = _in_step(self.strategy.full_state(), self.comm, mark)
         if self.comm.rank != 0:
             for _ in tensors:
                 pass
@@ -197,10 +199,12 @@ def _peak(device: torch.device, precision: str) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device))
 
 
-def _in_step(tensors: Iterable[tuple[str, torch.Tensor]], comm: AbstractComm) -> Iterator[tuple[str, torch.Tensor]]:
+def _in_step(tensors: Iterable[tuple[str, torch.Tensor]], comm: AbstractComm,
+             mark: Callable[[], None]) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
     """All ranks wait for each other at every tensor, so that no wait is longer than the writing of one. Collective."""
     for one in tensors:
         comm.barrier()
+        mark()
         yield one
 
 

@@ -18,16 +18,21 @@ from dtrain.engine.evaluate import evaluate
 from dtrain.engine.state import State
 from dtrain.engine.step import Objective, StepResult, train_step
 from dtrain.errors import NonFiniteError, StorageError
+from dtrain.failpoints import reach
 from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import nn
+
     from dtrain.checkpoint.manifest import Manifest
     from dtrain.comm import AbstractComm
     from dtrain.config.spec import ScheduleSpec
+    from dtrain.data.batch import Batch
     from dtrain.data.store import AbstractStore
     from dtrain.engine.state import Progress
+    from dtrain.objectives.base import Loss
     from dtrain.plan.batch import BatchPlan
     from dtrain.strategies.base import AbstractStrategy
 
@@ -117,12 +122,13 @@ class Engine:
 
     def _train_one(self, loader: Loader) -> None:
         course, state = self._course, self._state
-        self._progress.phase, self._progress.step = "train", state.step
+        self._progress.at("data", state.step)
         began = time.perf_counter()
         batches = loader.window(state.samples)
         data_s = time.perf_counter() - began
+        self._progress.at("train")
         lr = course.lr * course.schedule.factor(state.step, course.steps)
-        result = train_step(batches, self._strategy, self._objective, self._comm, lr=lr)
+        result = train_step(batches, self._strategy, self._forward, self._comm, lr=lr)
         self._state = state = dataclasses.replace(
             state, step=state.step + 1, samples=state.samples + course.batch.global_batch,
             tokens=state.tokens + result.num_tokens, targets=state.targets + result.num_targets,
@@ -137,6 +143,13 @@ class Engine:
                 )
         if not self._saver.failed:  # of a failure all ranks must hear at the same step
             self._hear(self._saver.finished())
+
+    def _forward(self, module: nn.Module, batch: Batch) -> Loss:
+        self._progress.at(self._progress.phase, rows=batch.sample_ids)
+        reach(f"{self._progress.phase}.forward")
+        loss = self._objective(module, batch)
+        reach(f"{self._progress.phase}.backward")
+        return loss
 
     def _agree(self, *values: float) -> list[float]:
         """The largest of each value on any rank; and by the same word, whether to stop or save. Collective: one max.
@@ -161,11 +174,11 @@ class Engine:
     def _eval_if_due(self) -> None:
         if not self._eval_due() or self._stop:
             return
-        self._progress.phase, self._progress.step = "eval", self._state.step
+        self._progress.at("eval", self._state.step)
         began = time.perf_counter()
         windows = eval_windows(self._eval_rows, self._course.batch, rank=self._comm.rank, pad_id=self._course.pad_id,
                                max_rows=self._course.eval_max_rows)  # fmt: skip
-        found = evaluate(windows, self._strategy, self._objective, self._comm, stop=self._asked_to_stop)
+        found = evaluate(windows, self._strategy, self._forward, self._comm, stop=self._asked_to_stop)
         if found is None:  # it is looked at again when the run goes on
             return
         report = EvalReport(self._state.step, *found, time.perf_counter() - began)
@@ -194,7 +207,7 @@ class Engine:
         self._hear_all()
         if self._saving is None or self._saved_step == self._state.step:
             return
-        self._progress.phase, self._progress.step = "save", self._state.step
+        self._progress.at("save", self._state.step)
         state, metrics = self._state, {}
         if state.last_loss is not None:
             metrics["loss"] = state.last_loss
@@ -208,6 +221,7 @@ class Engine:
 
     def _hear_all(self) -> None:
         """Collective."""
+        self._progress.at("write")
         self._saver.wait()
         self._hear(self._saver.finished())
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """Mutable on purpose: the worker reads it when something breaks."""
+    """Mutable on purpose: the worker reads it when something breaks, and the launcher hears of each change."""
 
-    phase: str = "start"
-    """start, join, load, train, eval, save, export."""
+    phase: str = "init"
+    """init, load, data, train, eval, save, write (waiting for a save to be written), export, end."""
     step: int = 0
     """Optimizer steps done."""
+    rows: Sequence[int] = ()
+    """Of the prepared data, in the micro-batch that is computed."""
+    pulse: Callable[[str, int, Sequence[int]], None] = lambda phase, step, rows: None
+    """Hears of it."""
+
+    def at(self, phase: str, step: int | None = None, rows: Sequence[int] = ()) -> None:
+        """Say where this rank is; also where it is still there but has got on. `step` stays where it is not given."""
+        self.phase, self.rows = phase, rows
+        if step is not None:
+            self.step = step
+        self.pulse(phase, self.step, rows)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

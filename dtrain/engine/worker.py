@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 from dtrain.config import frozen
 from dtrain.engine.control import SIGNALS, Control
 from dtrain.engine.state import Progress
+from dtrain.engine.watched import Watched
 from dtrain.plan.world import World
 from dtrain.runs import RunDir, die_with_parent, record_failure, redirect
 
@@ -49,16 +50,19 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     for signum in SIGNALS:
         signal.signal(signum, lambda number, frame: told.append(number))
     progress, code = Progress(), 1
+    watched = Watched(rank, progress)
+    progress.at("init")
     try:
         _work(run, attempt, stream, progress, plugins, told)
         code = 0
     except BaseException as error:  # noqa: BLE001  the last thing that this process does is to say what it was
         # Each by itself: on a full disk the log takes nothing, and the failure file may still fit.
         with contextlib.suppress(Exception):
-            record_failure(run, attempt, rank, error, phase=progress.phase, step=progress.step)
+            _record_failure(run, attempt, rank, error, progress)
         with contextlib.suppress(Exception):
             traceback.print_exc()
     finally:
+        watched.end()
         for out in (sys.stdout, sys.stderr, stream):
             with contextlib.suppress(Exception):
                 out.flush()
@@ -75,11 +79,10 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     config = frozen.read(run.config, plugins=plugins)
     assert config.device != "auto"
     world = World.from_env(config.device)
-    progress.phase = "join"
     comm = TorchComm(world)
     comm.same("digest of config.yaml", frozen.digest(config))
     _shared(run, comm)
-    progress.phase = "load"
+    progress.at("load")
     manifest = run.read_manifest()
     data = manifest["data"]
     prepared = read_prepared(Path(data["dir"]), Path(data["assets"]), config.objective, wait_s=SEEN_S)
@@ -101,16 +104,22 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         saving = _saving(run, attempt, built, manifest["identity"])
         result = built.engine.run([trackers], progress, saving, _control(run, config, comm, told))
         if result.stopped is None:
-            progress.phase = "export"
+            progress.at("export")
             trackers.note(f"exporting to {run.export}")
-            built.export(run.export)
+            built.export(run.export, lambda: progress.at("export"))
         comm.barrier()
     except BaseException as error:
         # Before the trackers finish, which may take a while; the first record stays.
-        record_failure(run, attempt, comm.rank, error, phase=progress.phase, step=progress.step)
+        _record_failure(run, attempt, comm.rank, error, progress)
+        progress.at("end")
         trackers.finish(outcome="failed")
         raise
+    progress.at("end")
     _end(run, attempt, result, trackers, comm)
+
+
+def _record_failure(run: RunDir, attempt: int, rank: int, error: BaseException, progress: Progress) -> None:
+    record_failure(run, attempt, rank, error, phase=progress.phase, step=progress.step, rows=progress.rows)
 
 
 def _end(run: RunDir, attempt: int, result: Result, trackers: FanOut, comm: AbstractComm) -> None:

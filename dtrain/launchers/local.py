@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dtrain.config.spec import Command, LauncherSpec, Meeting, spec
+from dtrain.config.spec import Command, LauncherSpec, Meeting, Restarts, spec
 from dtrain.launchers._here import one_node, procs_here
 from dtrain.plan.machine import Machine
 from dtrain.plan.world import Device, Topology
@@ -20,6 +20,11 @@ class Local(LauncherSpec):
     """Processes: one per visible GPU; on CPU two where there are two cores."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """OMP_NUM_THREADS of each process: the usable cores divided among them, unless the environment says otherwise."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often in a row a run that failed is started again, from its newest checkpoint: never for what the user typed,
+    nor without progress."""
+    restart_wait_s: Annotated[float, Field(ge=0)] = 10.0
+    """Before the first of those starts; doubled each time, up to ten minutes."""
 
     def topology(self, device: Device, machine: Machine) -> Topology:
         return Topology(nodes=1, procs_per_node=procs_here(self.procs, device, machine))
@@ -28,3 +33,6 @@ class Local(LauncherSpec):
                 meeting: Meeting | None = None) -> Command:  # fmt: skip
         assert meeting is None
         return one_node(worker, topology.procs_per_node, self.threads)
+
+    def restarts(self) -> Restarts:
+        return Restarts(self.max_restarts, self.restart_wait_s)

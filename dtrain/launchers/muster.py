@@ -81,6 +81,8 @@ class Over:
 
     exit_code: int
     message: str = ""
+    again: bool = False
+    """But for another start, for which all meet anew."""
 
 
 @dataclasses.dataclass
@@ -174,6 +176,12 @@ class Leader:
         (self._run.nodes / OPEN).unlink(missing_ok=True)
         for folder in _folders(self._run):
             _tell(folder / "over.json", dataclasses.asdict(Over(exit_code, message)))
+
+    def send_back(self) -> None:
+        """Tell those that took part that all meet anew. None is told that waits in vain: it may be needed then."""
+        (self._run.nodes / OPEN).touch()
+        for member in self._members:
+            _tell(member.folder / "over.json", dataclasses.asdict(Over(0, again=True)))
 
     def forget(self) -> None:
         """Remove what machines that were killed have left; those that live remove their own."""

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dtrain.config.schema import seconds
-from dtrain.config.spec import Command, Gathering, Job, LauncherSpec, Meeting, spec
+from dtrain.config.spec import Command, Gathering, Job, LauncherSpec, Meeting, Restarts, spec
 from dtrain.errors import ConfigError, PlanError
 from dtrain.launchers._here import one_node, one_of_nodes, procs_here
 from dtrain.plan.machine import Machine
@@ -118,8 +118,8 @@ class Slurm(LauncherSpec):
             return one_node(worker, topology.procs_per_node, self.threads)
         return one_of_nodes(worker, topology.nodes, topology.procs_per_node, self.threads, meeting)
 
-    def restarts(self) -> int:
-        return self.max_restarts
+    def restarts(self) -> Restarts:
+        return Restarts(self.max_restarts)
 
     def job(self, run_dir: Path, launch: Sequence[str]) -> Job | None:
         if _on_node(os.environ):

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from dtrain.config.spec import Command
-from dtrain.launchers import _torchrun
+from dtrain.launchers import _hang, _torchrun
 from dtrain.launchers._processes import NODE, sweep, workers
+from dtrain.launchers._watch import HangAfter, Watch
 from dtrain.launchers.verdict import NodeEnd, judge_all
 from dtrain.runs import Outcome, RunDir, die_with_parent
 from dtrain.runs.lock import BEAT_S
 from dtrain.runs.process import MARK
+from dtrain.runs.pulse import FOLDER, Place
 
 POLL_S = 0.1
 OTHERS_S = 1.5
@@ -31,6 +36,8 @@ SAME_PRESS_S = 0.4
 """Two equal signals within this are one: a terminal and a wrapper may both pass on a single Ctrl-C."""
 TEAM_S = 1.0
 """How often the run's folder is looked at for what other machines say."""
+WATCH_S = 0.5
+"""How often is looked where the ranks are."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -57,24 +64,26 @@ class AbstractLeader(AbstractTeam, Protocol):
 
 
 def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[str], None] | None = None,
-              limit_s: float | None = None, team: AbstractLeader | None = None) -> Outcome:  # fmt: skip
+              limit_s: float | None = None, hang_after: HangAfter = "auto",
+              team: AbstractLeader | None = None) -> Outcome:  # fmt: skip
     """Run the command to its end and say how it ended, here and on the other machines of `team`; writes that to the
     run folder too.
 
     Its stdout is ours, its stderr goes to launcher.log. The first SIGINT, SIGTERM or SIGUSR1 is passed on to the ranks,
-    a second SIGINT or SIGTERM ends them at once. When one rank fails, the others are ended within seconds. Nothing that
-    was started is alive on return. To be called in the main thread.
+    a second SIGINT or SIGTERM ends them at once. When one rank fails, the others are ended within seconds; when none
+    gets on for as long as `hang_after` says, their stacks are written down first. Nothing that was started is alive on
+    return. To be called in the main thread.
     """
     command = _timed(command, deadline_of(limit_s))
-    job = _see_through(_Job(command, run, attempt, note or _to_stderr, team))
+    job = _see_through(_Job(command, run, attempt, note or _to_stderr, hang_after, team))
     others = [] if team is None else team.reports(failed=bool(job.returncode))
     return judge_all(run, attempt, [job.end(), *others], trouble=job.trouble)
 
 
 def serve(command: Command, run: RunDir, attempt: int, team: AbstractTeam, *,
-          deadline: float | None = None) -> NodeEnd:  # fmt: skip
+          deadline: float | None = None, hang_after: HangAfter = "auto") -> NodeEnd:  # fmt: skip
     """The same on a machine that follows: it leaves the verdict to the one that leads."""
-    return _see_through(_Job(_timed(command, deadline), run, attempt, _to_stderr, team)).end()
+    return _see_through(_Job(_timed(command, deadline), run, attempt, _to_stderr, hang_after, team)).end()
 
 
 def deadline_of(limit_s: float | None) -> float | None:
@@ -133,8 +142,13 @@ class _Job:
     """One started command."""
 
     def __init__(self, command: Command, run: RunDir, attempt: int, note: Callable[[str], None],
-                 team: AbstractTeam | None) -> None:  # fmt: skip
+                 hang_after: HangAfter, team: AbstractTeam | None) -> None:  # fmt: skip
         self.command, self.run, self.attempt, self.note, self.team = command, run, attempt, note, team
+        self.pulses = Path(tempfile.mkdtemp(prefix="dtrain-ranks-"))
+        """Where the ranks say where they are: on this machine's own disk."""
+        self.watch = Watch(self.pulses, hang_after)
+        self.places: list[Place] = []
+        """Where they were when they ended."""
         self.log = run.launcher_log(attempt, team.node if team else 0)
         self.trouble: str | None = None
         """What another machine has met, for which this one's ranks were ended."""
@@ -149,7 +163,8 @@ class _Job:
         self._told_at = 0.0
         self._passed_to: set[int] = set()
         self._failed_at: float | None = None
-        self._beat_at = self._team_at = time.monotonic()
+        self._beat_at = self._team_at = self._watched_at = time.monotonic()
+        self._hung = False
         self._first_known = team is None
 
     @property
@@ -176,7 +191,8 @@ class _Job:
             self.forced = True
 
     def start(self) -> None:
-        env = {**os.environ, **self.command.env, MARK: str(self.run.path), "DTRAIN_ATTEMPT": str(self.attempt)}
+        env = {**os.environ, **self.command.env, MARK: str(self.run.path), "DTRAIN_ATTEMPT": str(self.attempt),
+               FOLDER: str(self.pulses)}  # fmt: skip
         if self.team is not None:
             env[NODE] = self.team.token
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +218,7 @@ class _Job:
 
     def _look(self) -> None:
         assert self.process is not None
-        if self.forced:
+        if self.forced or self._hung:
             self.process.kill()
             return
         if self.told is not None:
@@ -214,6 +230,9 @@ class _Job:
         elif self.team is None and now - self._beat_at > BEAT_S:
             self._beat_at = now
             self.run.beat()
+        if now - self._watched_at > WATCH_S:
+            self._watched_at = now
+            self._look_at_ranks()
         if self._failed_at is None:
             failed = self.run.failures(self.attempt) or _torchrun.is_closing(self.log) or self.trouble
             self._failed_at = now if failed else None
@@ -224,9 +243,19 @@ class _Job:
                 self.ended.add(rank.pid)
                 rank.kill()
 
+    def _look_at_ranks(self) -> None:
+        """A hang here, or one that another machine has found, is written down; it ends the ranks."""
+        stale = self.watch.look()
+        elsewhere = self.trouble is not None and self.run.hang_dir(self.attempt).is_dir()
+        if (stale or elsewhere) and self._failed_at is None:
+            self._hung = True
+            node = self.team.node if self.team else 0
+            _hang.record(self.run, self.attempt, node, self.pulses, self.watch.places(), stale)
+
     def _look_at_team(self, team: AbstractTeam, agent: int) -> None:
         team.beat()
-        self.trouble = self.trouble or team.trouble()
+        if self.trouble is None and (trouble := team.trouble()) is not None:
+            self.trouble, self._watched_at = trouble, 0.0
         if not self._first_known and (ranks := workers(agent)):
             self.first_rank, self._first_known = min(ranks), True
 
@@ -248,13 +277,15 @@ class _Job:
 
     def end(self) -> NodeEnd:
         return NodeEnd.of(self.log, self.returncode, told=self.told, forced=self.forced, ended=self.ended,
-                          first_rank=self.first_rank)  # fmt: skip
+                          first_rank=self.first_rank, places=self.places)  # fmt: skip
 
     def clean_up(self) -> None:
         """Leave no process and no hidden cursor behind."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        self.places = self.watch.places()
+        shutil.rmtree(self.pulses, ignore_errors=True)
         sweep(self.run.path, patience_s=0.2 if self.forced or self.returncode else 2.0,
               node=self.team.token if self.team else None)  # fmt: skip
         if sys.stdout.isatty():

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dtrain.config.spec import Command, Gathering, LauncherSpec, Meeting, spec
+from dtrain.config.spec import Command, Gathering, LauncherSpec, Meeting, Restarts, spec
 from dtrain.launchers._here import one_node, one_of_nodes, procs_here
 from dtrain.launchers._network import HOST, is_here
 from dtrain.plan.machine import Machine
@@ -29,6 +29,11 @@ class Torchrun(LauncherSpec):
     """Where the machines meet, on the one that leads; `auto` is a free port."""
     join_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """How long the machines wait for each other before the ranks are started."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often in a row a run that failed is started again, from its newest checkpoint: never for what the user typed,
+    nor without progress."""
+    restart_wait_s: Annotated[float, Field(ge=0)] = 10.0
+    """Before the first of those starts; doubled each time, up to ten minutes."""
 
     def problems(self) -> list[str]:
         if self.host == "auto" or HOST.fullmatch(self.host):
@@ -43,6 +48,9 @@ class Torchrun(LauncherSpec):
             return Gathering(port=None if self.port == "auto" else self.port, timeout_s=self.join_timeout_s)
         return Gathering(leads=is_here(self.host), host=self.host, port=None if self.port == "auto" else self.port,
                          timeout_s=self.join_timeout_s)  # fmt: skip
+
+    def restarts(self) -> Restarts:
+        return Restarts(self.max_restarts, self.restart_wait_s)
 
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
                 meeting: Meeting | None = None) -> Command:  # fmt: skip

@@ -13,6 +13,9 @@ from typing import Any
 
 from dtrain.launchers._torchrun import Exit, first_exits
 from dtrain.runs import Failure, Outcome, RunDir, first_failure
+from dtrain.runs.hang import Stuck, differing, read_hang
+from dtrain.runs.hints import hint, hint_of
+from dtrain.runs.pulse import Place
 
 _LINES = 30
 _WHY = {
@@ -36,20 +39,23 @@ class NodeEnd:
     """By a second one, at once."""
     exits: tuple[Exit, ...] = ()
     """Of ranks that a signal ended, but for those that the launcher itself killed."""
+    places: tuple[Place, ...] = ()
+    """Where the ranks were that did not end by themselves."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> NodeEnd:
-        return cls(**{**fields, "exits": tuple(Exit(**one) for one in fields["exits"])})
+        return cls(**{**fields, "exits": tuple(Exit(**one) for one in fields["exits"]),
+                      "places": tuple(Place.from_dict(one) for one in fields["places"])})  # fmt: skip
 
     @classmethod
     def of(cls, log: Path, returncode: int | None, *, told: int | None = None, forced: bool = False,
-           ended: Collection[int] = (), first_rank: int = 0) -> NodeEnd:  # fmt: skip
+           ended: Collection[int] = (), first_rank: int = 0, places: Iterable[Place] = ()) -> NodeEnd:  # fmt: skip
         """From torchrun's log; `ended`: pids of ranks that this launcher killed for another's failure."""
         exits = [exit_ for exit_ in first_exits(log, first_rank) if exit_.code < 0 and exit_.pid not in ended]
-        return cls(socket.gethostname(), returncode, told, forced, tuple(exits))
+        return cls(socket.gethostname(), returncode, told, forced, tuple(exits), tuple(places))
 
 
 def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None = None, forced: bool = False,
@@ -73,10 +79,11 @@ def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: st
     if told is not None:
         failures = [failure for failure in failures if failure.type not in ("KeyboardInterrupt", "SystemExit")]
     asked = {signal.SIGTERM, told}
-    killed = [_as_failure(run, attempt, exit_, end.host) for end in ends for exit_ in end.exits
+    killed = [_as_failure(run, attempt, exit_, end) for end in ends for exit_ in end.exits
               if -exit_.code not in asked]  # fmt: skip
-    first = _first(failures, killed)
     recorded = run.read_outcome(attempt)
+    hung = read_hang(run, attempt) if told is None and (recorded is None or recorded.state == "failed") else []
+    first = _hang_failure(hung) if hung else _first(failures, killed)
     if recorded is not None and recorded.state != "failed" and (first is None or first.secondary):
         return recorded
     if forced:
@@ -114,13 +121,34 @@ def _first(failures: Sequence[Failure], killed: Iterable[Failure]) -> Failure | 
     return order[0] if order else first_failure(failures)
 
 
-def _as_failure(run: RunDir, attempt: int, exit_: Exit, host: str) -> Failure:
+def _as_failure(run: RunDir, attempt: int, exit_: Exit, end: NodeEnd) -> Failure:
     name = exit_.signal_name or ""
     why = _WHY.get(name, "")
     log = run.log(attempt, exit_.rank).relative_to(run.path).as_posix()
-    return Failure(rank=exit_.rank, host=host, local_rank=exit_.local_rank, phase="", step=None,
+    place = next((one for one in end.places if one.rank == exit_.rank), None)
+    phase, step, rows = ("", None, ()) if place is None else (place.phase, place.step, place.rows)
+    return Failure(rank=exit_.rank, host=end.host, local_rank=exit_.local_rank, phase=phase, step=step,
                    kind="worker", type=name, message=f"killed by {name}" + (f" ({why})" if why else ""), traceback="",
-                   time_ns=time.time_ns(), log=log)  # fmt: skip
+                   time_ns=time.time_ns(), log=log, rows=rows)  # fmt: skip
+
+
+def _hang_failure(ranks: Sequence[Stuck]) -> Failure:
+    """Of the rank that the others waited for, or of the first where none differs."""
+    odd = differing(ranks)
+    shown = odd or ranks
+    long_s = min((one.stale_s for one in ranks if one.stale_s), default=0.0)
+    words = f"no rank got on for {long_s:.0f} s"
+    words += "; this one differs from the others" if odd and len(odd) < len(ranks) else ""
+    first = shown[0]
+    lines = [one.line() for one in [*odd, *(one for one in ranks if one not in odd)][:_LINES]]
+    return Failure(rank=first.place.rank, host=first.host, local_rank=-1, phase=first.place.phase,
+                   step=first.place.step, kind="hang", type="hang", message=f"{words}: {_inside(first)}",
+                   traceback="\n".join(lines), time_ns=time.time_ns(), log=first.stacks,
+                   rows=first.place.rows)  # fmt: skip
+
+
+def _inside(one: Stuck) -> str:
+    return "its process is halted (SIGSTOP)" if one.stopped else one.line().partition(", ")[2]
 
 
 def _launcher_message(run: RunDir, attempt: int, returncode: int | None) -> str:
@@ -144,7 +172,10 @@ def explain(outcome: Outcome, run: RunDir) -> str:
     if failure is None:
         launcher_log = run.launcher_log(outcome.attempt)
         text = [] if outcome.kind == "interrupted" else _tail(launcher_log)
-        return "\n".join([*text, f"{outcome.kind}: {outcome.message}; next: less {shlex.quote(str(launcher_log))}"])
+        known = hint_of("\n".join(text))
+        hints = [f"hint: {known}"] if known else []
+        last = f"{outcome.kind}: {outcome.message}; next: less {shlex.quote(str(launcher_log))}"
+        return "\n".join([*text, *hints, last])
     if failure.kind == "user":
         return failure.message
     place = [f"rank {failure.rank} on {failure.host}"]
@@ -153,8 +184,21 @@ def explain(outcome: Outcome, run: RunDir) -> str:
     summary = failure.message.strip().splitlines()
     cause = f"{failure.type}: {summary[0] if summary else ''}" if failure.traceback else (summary or [failure.type])[0]
     log = shlex.quote(str(run.path / failure.log))
-    lines = [*_short(failure.traceback), f"{' '.join(place)}: {cause}; next: less {log}"]
-    return "\n".join(lines)
+    rows = [f"rows: {', '.join(map(str, failure.rows))} of the prepared data"] if failure.rows else []
+    known = _hint(outcome, run)
+    hints = [f"hint: {known}"] if known else []
+    return "\n".join([*_short(failure.traceback), *rows, *hints, f"{' '.join(place)}: {cause}; next: less {log}"])
+
+
+def _hint(outcome: Outcome, run: RunDir) -> str | None:
+    failure = outcome.failure
+    assert failure is not None
+    entry: dict[str, Any] = next(
+        (one for one in run.read_manifest().get("attempts", []) if one["attempt"] == outcome.attempt), {}
+    )
+    micro_batch = entry.get("micro_batch")
+    log = "\n".join(_tail(run.path / failure.log))
+    return hint(failure, log, micro_batch=micro_batch if isinstance(micro_batch, int) else None)
 
 
 def _short(traceback: str) -> list[str]:

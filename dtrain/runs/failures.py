@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import re
 import socket
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain.runs.files import read_json, write_json
@@ -40,7 +41,7 @@ class Failure:
     host: str
     local_rank: int
     phase: str
-    """What the rank was doing: start, join, load, train, eval, export."""
+    """What the rank was doing: init, load, data, train, eval, save, write, export, end; empty where nobody knows."""
     step: int | None
     kind: str
     """user, worker, hang, nonfinite or storage."""
@@ -51,6 +52,8 @@ class Failure:
     time_ns: int
     log: str
     """Of the rank, relative to the run folder."""
+    rows: tuple[int, ...] = ()
+    """Of the prepared data, in the micro-batch that the rank computed."""
 
     @property
     def secondary(self) -> bool:
@@ -63,7 +66,7 @@ class Failure:
     def from_dict(cls, fields: dict[str, Any]) -> Failure:
         names = [field.name for field in dataclasses.fields(cls)]
         known: dict[str, Any] = {name: fields.get(name, _ABSENT.get(name)) for name in names}
-        return cls(**known)
+        return cls(**{**known, "rows": tuple(known["rows"] or ())})
 
 
 _ABSENT: dict[str, Any] = {"rank": -1, "local_rank": -1, "host": "", "phase": "", "kind": "worker", "type": "",
@@ -83,12 +86,12 @@ def failure_path(run: RunDir, attempt: int, rank: int) -> Path:
 
 
 def record_failure(run: RunDir, attempt: int, rank: int, exc: BaseException, *, phase: str, step: int | None = None,
-                   local_rank: int | None = None) -> Failure:  # fmt: skip
+                   rows: Sequence[int] = ()) -> Failure:  # fmt: skip
     """Write what ended this rank where the launcher looks. The first one written stays."""
     failure = Failure(
         rank=rank,
         host=socket.gethostname(),
-        local_rank=rank if local_rank is None else local_rank,
+        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
         phase=phase,
         step=step,
         kind=kind_of(exc),
@@ -97,6 +100,7 @@ def record_failure(run: RunDir, attempt: int, rank: int, exc: BaseException, *, 
         traceback=scrub("".join(traceback.format_exception(exc))),
         time_ns=time.time_ns(),
         log=run.log(attempt, rank).relative_to(run.path).as_posix(),
+        rows=tuple(int(row) for row in rows),
     )
     path = failure_path(run, attempt, rank)
     if not path.exists():

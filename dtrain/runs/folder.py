@@ -64,6 +64,10 @@ class RunDir:
     def launcher_log(self, attempt: int, node: int = 0) -> Path:
         return self.attempt_dir(attempt) / (f"launcher-{node}.log" if node else "launcher.log")
 
+    def hang_dir(self, attempt: int) -> Path:
+        """Stacks of an attempt that did not get on."""
+        return self.path / "hang" / f"attempt-{attempt}"
+
     def lock(self, note: Callable[[str], None] = lambda line: None) -> AbstractContextManager[_lock.Holder]:
         """Make the folder and be its only writer. Raises RunError; `note` hears of a lock that a dead process left."""
         _lock.check(self.path)

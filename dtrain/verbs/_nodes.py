@@ -26,21 +26,27 @@ def launch(run: RunDir, proposal: Proposal) -> int:
         with muster.enter(run, gathering, nodes, digest, _say) as team:
             if isinstance(team, muster.Leader):
                 code = _lead(run, proposal, team)
-                team.dismiss(code)
+                if code is None:
+                    team.send_back()
+                else:
+                    team.dismiss(code)
             else:
                 code = _follow(run, proposal, team)
     return code
 
 
-def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int:
+def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int | None:
+    """The run's exit code; None where it is to be started again."""
     from dtrain.plan.describe import describe
-    from dtrain.verbs import launch
+    from dtrain.verbs import _restart, launch
 
     print(describe(proposal.config, proposal.plan), flush=True)
     _say(f"{socket.gethostname()} leads")
     with leader.beating():
         prepared, settled = launch.prepare_all(proposal)
-    return launch.tell(launch.train(run, proposal, prepared, settled, leader), run)
+    outcome = launch.train(run, proposal, prepared, settled, leader)
+    code = launch.tell(outcome, run)
+    return None if _restart.again(run, outcome, proposal.config.launcher.restarts(), _say) else code
 
 
 def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
@@ -60,8 +66,10 @@ def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
     _say(f"{host} is node {word.node}; {word.host} leads")
     command = proposal.config.launcher.command(run.path, worker(run, proposal), proposal.plan.topology,
                                                follower.meeting(word))  # fmt: skip
-    end = serve(command, run, word.attempt, follower, deadline=word.deadline)
+    end = serve(command, run, word.attempt, follower, deadline=word.deadline, hang_after=proposal.config.run.hang_after)
     over = follower.report(end)
+    if over is not None and over.again:
+        return None
     if over is None:
         print(f"{host}: the node that leads is gone; what was saved before counts", file=sys.stderr, flush=True)
         return 3

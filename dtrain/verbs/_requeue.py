@@ -34,7 +34,8 @@ def decide(run: RunDir, outcome: Outcome, max_restarts: int, say: Callable[[str]
         again = outcome.reason in BY_SCHEDULER
     elif outcome.kind in FAILURES and max_restarts:
         why_not = refusal(run.read_manifest().get("attempts", []), max_restarts)
-        say(why_not or f"launcher.max_restarts={max_restarts}: the job is to be queued again")
+        say(f"not queued again: {why_not}" if why_not else
+            f"launcher.max_restarts={max_restarts}: the job is to be queued again")  # fmt: skip
         again = why_not is None
     else:
         again = False
@@ -42,15 +43,26 @@ def decide(run: RunDir, outcome: Outcome, max_restarts: int, say: Callable[[str]
         run.requeue.write_text(batch + "\n", encoding="utf-8")
 
 
-def refusal(attempts: Sequence[Mapping[str, Any]], max_restarts: int) -> str | None:
-    """Why a run whose last attempts were these is not started again; None where it is."""
+def failed_in_a_row(attempts: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the last attempts ended with a failure that may not come again."""
+    return len(_failed(attempts))
+
+
+def _failed(attempts: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The steps that those began at, the last one first."""
     failed = []
     for one in reversed(attempts):
         if one.get("ended") not in FAILURES:
             break
         failed.append(int(one.get("first_step") or 0))
+    return failed
+
+
+def refusal(attempts: Sequence[Mapping[str, Any]], max_restarts: int) -> str | None:
+    """Why a run whose last attempts were these is not started again; None where it is."""
+    failed = _failed(attempts)
     if len(failed) > max_restarts:
-        return f"launcher.max_restarts={max_restarts}: it has failed {len(failed)} times in a row; not queued again"
+        return f"it has failed {len(failed)} times in a row, and launcher.max_restarts={max_restarts}"
     if len(failed) >= 2 and failed[0] == failed[1]:
-        return "two attempts in a row began at the same step and failed: no progress; not queued again"
+        return f"two attempts in a row began at step {failed[0]} and failed: no progress"
     return None

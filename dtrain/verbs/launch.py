@@ -79,7 +79,7 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
     from dtrain.runs import RunDir
-    from dtrain.verbs import _nodes, _submit
+    from dtrain.verbs import _nodes, _restart, _submit
 
     proposal = propose(overrides, args.config_dir)
     config, plan = proposal.config, proposal.plan
@@ -96,8 +96,11 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     check_folder(run)
     prepared, settled = prepare_all(proposal)
     with run.lock(note=say):
-        outcome = train(run, proposal, prepared, settled)
-    return tell(outcome, run)
+        while True:
+            outcome = train(run, proposal, prepared, settled)
+            code = tell(outcome, run)
+            if not _restart.again(run, outcome, config.launcher.restarts(), say):
+                return code
 
 
 def _show_command(run: RunDir, proposal: Proposal) -> int:
@@ -168,13 +171,10 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
     limit_s = None if limit is None else seconds(limit)
     meeting = leader.meet(attempt, deadline_of(limit_s)) if leader else None
     command = settled.launcher.command(run.path, worker(run, proposal), plan.topology, meeting)
-    if leader is None:
-        outcome = supervise(command, run, attempt, limit_s=limit_s)
-    else:
-        outcome = supervise(command, run, attempt, limit_s=limit_s, team=leader)
+    outcome = supervise(command, run, attempt, limit_s=limit_s, hang_after=settled.run.hang_after, team=leader)
     run.add_attempt(attempt, ended=outcome.kind)
     run.event("ended", attempt=attempt, outcome=outcome.kind)
-    _requeue.decide(run, outcome, settled.launcher.restarts(), say)
+    _requeue.decide(run, outcome, settled.launcher.restarts().most, say)
     return outcome
 
 

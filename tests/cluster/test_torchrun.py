@@ -109,3 +109,19 @@ def test_a_signal_to_one_machine_stops_both(folder: Path, machines: list[subproc
     assert codes == [75, 75], said
     assert run.read_outcome().reason == "SIGTERM"
     assert list(run.checkpoints.glob("step-*"))
+
+
+def test_after_a_failure_all_meet_anew(
+    folder: Path, machines: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DTRAIN_FAIL", "train.forward:kill:rank=1:after=5")
+    run = start(machines, folder, "eval.every_steps=0", "checkpoint.every_steps=2", "checkpoint.async=false",
+                "launcher.max_restarts=1", "launcher.restart_wait_s=0.1")  # fmt: skip
+    codes, said = ended(machines, folder, 90)
+    assert codes == [0, 0], said
+    assert [(one["ended"], one["first_step"]) for one in run.read_manifest()["attempts"]] == [
+        ("worker", 0),
+        ("done", 4),
+    ]
+    assert list(run.nodes.iterdir()) == []
+    assert len(losses(run)) == 8

@@ -70,7 +70,7 @@ def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ende
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, *, limit_s: float | None = None) -> Outcome:
+def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, **how: Any) -> Outcome:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     size, port = run.read_manifest()["size"], free_port()

@@ -1,0 +1,71 @@
+"""Whether a run that failed is started again here, and how long to wait before that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from dtrain.runs.lock import BEAT_S
+from dtrain.verbs._requeue import FAILURES, failed_in_a_row, refusal
+
+if TYPE_CHECKING:
+    from dtrain.config.spec import Restarts
+    from dtrain.runs import Outcome, RunDir
+
+MOST_S = 600.0
+"""The longest wait."""
+
+
+def wait_s(first_s: float, failed: int) -> float:
+    """Before the start that follows so many failures in a row: each time twice as long."""
+    return min(MOST_S, first_s * 2.0 ** (failed - 1))
+
+
+def again(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callable[[str], None]) -> bool:
+    """Wait, and say that the run is to be started again; False where it is not. A batch script starts its own.
+
+    To be called by the holder of the run's lock. A signal ends the waiting, and the run.
+    """
+    if os.environ.get("DTRAIN_BATCH") or outcome.kind not in FAILURES or not restarts.most:
+        return False
+    attempts = run.read_manifest().get("attempts", [])
+    why_not = refusal(attempts, restarts.most)
+    if why_not is not None:
+        say(f"not started again: {why_not}")
+        return False
+    failed = failed_in_a_row(attempts)
+    seconds = wait_s(restarts.wait_s, failed)
+    say(f"launcher.max_restarts={restarts.most}: start {failed} after a failure ({outcome.kind}) in {seconds:.0f} s")
+    run.event("restart", attempt=outcome.attempt, outcome=outcome.kind, wait_s=seconds)
+    with _told() as told:
+        deadline = time.monotonic() + seconds
+        beat_at = 0.0
+        while not told and (left := deadline - time.monotonic()) > 0:
+            if time.monotonic() - beat_at > BEAT_S:
+                beat_at = time.monotonic()
+                run.beat()
+            time.sleep(min(left, 0.2))
+    if told:
+        say(f"{signal.Signals(told[0]).name}: not started again")
+    return not told
+
+
+@contextmanager
+def _told() -> Iterator[list[int]]:
+    """The signals that come meanwhile."""
+    told: list[int] = []
+
+    def take(signum: int, frame: FrameType | None) -> None:
+        told.append(signum)
+
+    before = {signum: signal.signal(signum, take) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield told
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)

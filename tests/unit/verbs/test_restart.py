@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.spec import Restarts
+from dtrain.runs import RunDir
+from dtrain.verbs._restart import MOST_S, again, wait_s
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.delenv("DTRAIN_BATCH", raising=False)
+    return RunDir(tmp_path)
+
+
+def after(run: RunDir, *ends: tuple[str, int], most: int = 3, wait: float = 0.0) -> tuple[bool, str]:
+    """Whether it is started again after attempts that ended so, each with its first step; and what is said."""
+    run.write_manifest({"attempts": []})
+    for attempt, (kind, step) in enumerate(ends):
+        run.add_attempt(attempt, ended=kind, first_step=step)
+    said: list[str] = []
+    outcome = run.write_outcome(ends[-1][0], len(ends) - 1)
+    return again(run, outcome, Restarts(most, wait), said.append), "\n".join(said)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("worker", True), ("hang", True), ("storage", True), ("launcher", True), ("user", False), ("nonfinite", False),
+    ("stopped", False), ("done", False), ("interrupted", False),
+])  # fmt: skip
+def test_what_is_started_again(run: RunDir, kind: str, expected: bool) -> None:
+    assert after(run, (kind, 0))[0] is expected
+
+
+def test_so_often_in_a_row_and_no_more(run: RunDir) -> None:
+    assert after(run, ("worker", 0), ("worker", 4), most=2)[0]
+    went_on, said = after(run, ("worker", 0), ("worker", 4), ("hang", 8), most=2)
+    assert not went_on
+    assert said == "not started again: it has failed 3 times in a row, and launcher.max_restarts=2"
+    assert after(run, ("worker", 0), ("worker", 4), ("stopped", 8), ("worker", 9), most=1)[0]
+    assert not after(run, ("worker", 0), most=0)[0]
+
+
+def test_not_without_progress(run: RunDir) -> None:
+    went_on, said = after(run, ("worker", 4), ("worker", 4))
+    assert not went_on
+    assert "began at step 4 and failed: no progress" in said
+
+
+def test_a_batch_script_starts_its_own(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTRAIN_BATCH", "7.0")
+    assert not after(run, ("worker", 0))[0]
+
+
+def test_waits_grow() -> None:
+    assert [wait_s(10, failed) for failed in (1, 2, 3, 9)] == [10, 20, 40, MOST_S]
+
+
+def test_it_waits_and_a_signal_ends_that(run: RunDir) -> None:
+    began = time.monotonic()
+    assert after(run, ("worker", 0), wait=0.3)[0]
+    assert time.monotonic() - began >= 0.3
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    went_on, said = after(run, ("worker", 0), wait=60)
+    assert not went_on
+    assert said.endswith("SIGTERM: not started again")
+    assert time.monotonic() - began < 20
+    assert signal.getsignal(signal.SIGTERM) is before
