@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dtrain.data.tokenizer import TextTokenizer
     from dtrain.datasets.base import Example
     from dtrain.models.base import ModelBundle
-    from dtrain.objectives.base import Loss
+    from dtrain.objectives.base import Around, Before, Loss
     from dtrain.plan.figures import Figures
     from dtrain.plan.machine import Machine
     from dtrain.plan.memory import Need, StateBytes
@@ -188,19 +188,42 @@ class DatasetSpec(AbstractSpec):
 
 
 class ObjectiveSpec(AbstractSpec):
+    """What is learned of an example, and what the loss of a micro-batch is. Everything that a target is belongs here: a
+    token, a pair, a labelled text; `collate` counts them, and `build` returns sums over them.
+    """
+
     group = "objective"
+    keeps_targets: ClassVar[bool] = False
+    """Whether an example that is truncated loses some of what comes before its targets, rather than its end."""
 
     def resolve(self, shape: type[Example]) -> ObjectiveSpec:
         """The objective to use for rows of this shape: itself, or what `auto` chooses. Raises DataError."""
         return self
 
+    def among(self, shapes: Sequence[type[Example]]) -> ObjectiveSpec:
+        """The same for rows of several shapes, or of one, as a mixture has them. Raises DataError."""
+        return self.resolve(shapes[0]) if len(shapes) == 1 else self
+
     def notes(self, shape: type[Example]) -> list[str]:
         """What a user should know of what is learned of rows of this shape; none where it goes without saying."""
         return []
 
+    def settle(self, examples: Iterable[Example]) -> Mapping[str, Any]:
+        """Fields whose values are found in the data, as plain ones; looked for once, before anything is encoded, and
+        only where the objective reads `examples`. Raises DataError.
+        """
+        return {}
+
+    def together(self, examples: list[Example]) -> list[Example]:
+        """The same number of examples, for an objective that looks at one in the light of those beside it."""
+        return examples
+
     @abstractmethod
     def encode(self, example: Example, tokenizer: TextTokenizer) -> Row:
-        """Tokens of one example, and which of them are targets. Raises DataError."""
+        """Tokens of one example, and which of them are targets. Raises DataError.
+
+        Documents of one row stay together: they are packed as one, and cut to the same length.
+        """
 
     def encode_many(self, examples: Sequence[Example], tokenizer: TextTokenizer) -> Sequence[Row] | None:
         """The same of several at once, for an objective that is faster so and refuses no row by itself; None where each
@@ -208,9 +231,27 @@ class ObjectiveSpec(AbstractSpec):
         """
         return None
 
+    def collator(self) -> Callable[[Sequence[Row], Sequence[int], int], Batch] | None:
+        """What makes a micro-batch of rows, their ids and the padding token, and counts its targets; of no rows one
+        that keeps collectives matched. None where targets are tokens.
+        """
+        return None
+
+    def begin(self, around: Around) -> Before | None:
+        """What is to be found out about the micro-batches of a step before their losses; None where there is nothing.
+        Called once, before the first step. Collective.
+        """
+        return None
+
     @abstractmethod
     def build(self) -> Callable[[nn.Module, Batch], Loss]:
         """The loss of one micro-batch, as a sum over targets."""
+
+    def metrics(self, sums: Mapping[str, Sequence[float]], num_targets: int) -> Mapping[str, float]:
+        """What to tell of an eval, of the sums of the losses' `extras`, flattened: means over targets where there is no
+        more to say.
+        """
+        return {name: values[0] / max(1, num_targets) for name, values in sums.items() if len(values) == 1}
 
 
 class TemplateSpec(AbstractSpec):

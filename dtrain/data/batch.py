@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -22,11 +22,15 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     num_targets: int
+    """As the objective counts them: the loss is the mean over those of the global batch."""
     num_tokens: int
     """Without padding."""
     sample_ids: Sequence[int]
     """Index into the row store; empty for a batch that only keeps collectives matched."""
+    about: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """What the objective needs besides, and the module does not get."""
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return dataclasses.replace(self, inputs=moved)
+        inputs, about = ({name: tensor.to(device, non_blocking=True) for name, tensor in some.items()}
+                         for some in (self.inputs, self.about))  # fmt: skip
+        return dataclasses.replace(self, inputs=inputs, about=about)

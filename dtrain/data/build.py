@@ -6,12 +6,13 @@ their lengths.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 import xxhash
@@ -49,8 +50,11 @@ def build(
     """
     shape, examples = _peek(dataset.examples())
     resolved = objective.resolve(shape)
+    settled = dict(resolved.settle(example for example in dataset.examples() if not isinstance(example, Skipped)))
+    if settled:
+        resolved = dataclasses.replace(cast("Any", resolved), **settled)
     tokenizer = TextTokenizer.load(assets)
-    limit = Limit(dataset.max_length, _on_long(dataset, shape))
+    limit = Limit(dataset.max_length, _on_long(dataset, shape), resolved.keeps_targets)
     encoder = Encoder(resolved, partial(TextTokenizer.load, assets), limit, parts["run.seed"])
     with Documents(folder / "documents") as documents:
         counts = encode_all(
@@ -77,6 +81,7 @@ def build(
         "first": counts.places,
         "notes": [*about(tokenizer, used=issubclass(shape, Chat | Preference | Judged)), *resolved.notes(shape)],
         "digest": writer.digest.hexdigest(),
+        "settled": settled,
     }
     sizes = {name: (folder / name).stat().st_size for name in FILES}
     write_meta(folder, parts=parts, shapes=[shape.__name__], sizes=sizes, prepared=prepared)
@@ -116,11 +121,11 @@ class _Writer:
             mine = np.flatnonzero(chosen[begin : begin + WINDOW])
             packing = pack(window[mine].astype(np.int64), self._max_length) if self._packing else one_each(len(mine))
             for each in packing:
-                yield self._documents.row(starts[mine[each]], window[mine[each]])
+                yield self._documents.row(begin + mine[each], starts[mine[each]])
 
     def _counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         for i, row in enumerate(rows):
-            for array in (row.lengths, row.tokens, row.targets):
+            for array in (row.lengths, row.tokens, row.targets, row.labels):
                 self.digest.update(np.ascontiguousarray(array).data)
             self.num_targets[-1] += row.num_targets
             if i % 1024 == 0:

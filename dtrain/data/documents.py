@@ -16,16 +16,22 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 Ints = NDArray[np.int64]
+_NO_LABELS = np.empty(0, np.int32)
 
 
-def coded(tokens: NDArray[np.int32], targets: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """A token and whether it is a target in one number: twice the token, and one more for a target."""
-    return tokens * 2 + targets
+def coded(row: Row) -> NDArray[np.int32]:
+    """Each token in one number with what it is: four times the token, and 2 more where a document begins, 1 for a
+    target.
+    """
+    codes = row.tokens * 4 + row.targets
+    codes[np.cumsum(row.lengths) - row.lengths] += 2
+    return codes
 
 
 @final
 class Documents:
-    """A file to which documents are added, and from which rows are put together. Keeps 13 bytes a document in memory.
+    """A file to which documents are added, and from which rows are put together. Keeps 13 bytes a document in memory,
+    and 4 for a label. What an objective made of one example stays together, as one document here.
 
     Read by calls rather than mapped: pages that are mapped count as memory of the process.
     """
@@ -33,7 +39,7 @@ class Documents:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("w+b")
-        self._lengths, self._shares = array("i"), array("d")
+        self._lengths, self._shares, self._labels = array("i"), array("d"), array("i")
 
     def __enter__(self) -> Documents:
         return self
@@ -46,11 +52,20 @@ class Documents:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def add(self, codes: NDArray[np.int32], lengths: NDArray[np.int32], shares: NDArray[np.float64]) -> None:
-        """`codes` of several documents, one after the other; `shares` are what `hold_out` decides by."""
+    def add(
+        self,
+        codes: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        shares: NDArray[np.float64],
+        labels: NDArray[np.int32] = _NO_LABELS,
+    ) -> None:
+        """`codes` of several documents, one after the other; `shares` are what `hold_out` decides by; `labels` of each,
+        or none.
+        """
         self._file.write(codes.data)
         self._lengths.frombytes(lengths.tobytes())
         self._shares.frombytes(shares.tobytes())
+        self._labels.frombytes(labels.tobytes())
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -65,11 +80,14 @@ class Documents:
         """After the last is added."""
         self._file.flush()
 
-    def row(self, starts: Ints, lengths: NDArray[np.int32]) -> Row:
-        """The documents with these places, in tokens, and lengths, one after the other."""
+    def row(self, which: Ints, starts: Ints) -> Row:
+        """These documents, of which each starts after so many tokens, one after the other."""
+        lengths = self.lengths[which]
         handle = self._file.fileno()
         parts = [os.pread(handle, 4 * length, 4 * start)
                  for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]  # fmt: skip
         codes = np.frombuffer(b"".join(parts), np.int32)
         assert len(codes) == lengths.sum(), (self._path, starts, lengths, len(codes))
-        return Row(codes >> 1, (codes & 1).astype(np.bool_), lengths)
+        edges = np.append(np.flatnonzero(codes & 2), len(codes))
+        labels = np.frombuffer(self._labels, np.int32)[which] if self._labels else _NO_LABELS
+        return Row(codes >> 2, (codes & 1).astype(np.bool_), np.diff(edges).astype(np.int32), labels)

@@ -41,6 +41,8 @@ class Limit:
     max_length: int
     on_long: OnLong
     """Never `auto`."""
+    keeps_targets: bool = False
+    """Of an example that is truncated what comes before its first target is cut, but for one token, not its end."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,12 +58,13 @@ class Encoder:
         rows: list[Row] = []
         shares: list[float] = []
         done = Encoded(num_examples=len(examples))
-        good = [example for example in examples if not isinstance(example, Skipped)]
-        together = iter(self.objective.encode_many(good, tokenizer) or ())
-        for example in examples:
-            if isinstance(example, Skipped):
-                done.skip(example)
+        good = self.objective.together([example for example in examples if not isinstance(example, Skipped)])
+        together, following = iter(self.objective.encode_many(good, tokenizer) or ()), iter(good)
+        for one in examples:
+            if isinstance(one, Skipped):
+                done.skip(one)
                 continue
+            example = next(following)
             done.counts.add(READ, example.source)
             done.num_bytes += sum(len(text.encode()) for text in example.texts())
             try:
@@ -85,9 +88,10 @@ class Encoder:
                 else:
                     done.counts.add("left out: no token to learn", example.source)
         if rows:
-            done.codes = coded(np.concatenate([row.tokens for row in rows]), np.concatenate([r.targets for r in rows]))
+            done.codes = np.concatenate([coded(row) for row in rows])
             done.lengths = np.array([len(row.tokens) for row in rows], np.int32)
             done.shares = np.array(shares, np.float64)
+            done.labels = np.concatenate([row.labels for row in rows])
         return done
 
 
@@ -103,6 +107,8 @@ class Encoded:
     lengths: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
     shares: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.empty(0, np.float64))
     """Of each document a number in [0, 1) that only its example's text and the seed decide; the same for all pieces."""
+    labels: NDArray[np.int32] = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
+    """Of each document, or none."""
     counts: Counts = dataclasses.field(default_factory=Counts)
     bad: list[tuple[Skipped, str]] = dataclasses.field(default_factory=list)
     """Rows that cannot be used, and what is said of them."""
@@ -138,7 +144,7 @@ def encode_all(
         for skipped, text in encoded.bad:
             bad.count(skipped, text)
         bad.num_good += encoded.num_good
-        documents.add(encoded.codes, encoded.lengths, encoded.shares)
+        documents.add(encoded.codes, encoded.lengths, encoded.shares, encoded.labels)
         tell(meter.line(encoded))
     bad.check()
     documents.flush()
@@ -253,8 +259,8 @@ def _encode(chunk: list[Example]) -> Encoded:
 
 def _fit(row: Row, limit: Limit, source: str, counts: Counts) -> list[Row]:
     """The pieces of a document that fit into a row. Raises BadRowError where that is what to do with a long one."""
-    assert len(row.lengths) == 1, "an objective encodes one document at a time"
-    assert not row.targets[0], "the first token is never a target: nothing comes before it"
+    firsts = np.cumsum(row.lengths) - row.lengths
+    assert not row.targets[firsts].any(), "the first token is never a target: nothing comes before it"
     num, most = len(row.tokens), limit.max_length
     if num <= most:
         return [row]
@@ -264,25 +270,68 @@ def _fit(row: Row, limit: Limit, source: str, counts: Counts) -> list[Row]:
     if limit.on_long == "drop":
         counts.add(f"left out: over {most} tokens", source)
         return []
+    if len(row.lengths) > 1:
+        return _cut_alike(row, limit, source, counts)
     if limit.on_long == "truncate":
-        counts.add(f"truncated to {most} tokens", source)
-        counts.add(CUT_OFF, source, num - most)
-        if row.targets[1:].all():  # of a text, all is learned: there is nothing more to say
-            return [_piece(row, 0, most)]
-        if row.targets[most:].any():
-            counts.add(CUT_OFF_LEARNED, source, int(row.targets[most:].sum()))
-        if row.targets[most - 1 : most + 1].all():
-            counts.add("cut within what is learned", source)
-        return [_piece(row, 0, most)]
+        return _truncated(row, limit, source, counts)
     assert limit.on_long == "split", limit.on_long
     counts.add(f"split at {most} tokens", source)
     return [_piece(row, start, min(start + most, num)) for start in range(0, num, most)]
 
 
+def _truncated(row: Row, limit: Limit, source: str, counts: Counts) -> list[Row]:
+    num, most = len(row.tokens), limit.max_length
+    counts.add(f"truncated to {most} tokens", source)
+    counts.add(CUT_OFF, source, num - most)
+    if limit.keeps_targets:
+        return _without_the_middle(row, num - most, counts, source)
+    if row.targets[1:].all():  # of a text, all is learned: there is nothing more to say
+        return [_piece(row, 0, most)]
+    if row.targets[most:].any():
+        counts.add(CUT_OFF_LEARNED, source, int(row.targets[most:].sum()))
+    if row.targets[most - 1 : most + 1].all():
+        counts.add("cut within what is learned", source)
+    return [_piece(row, 0, most)]
+
+
+def _without_the_middle(row: Row, surplus: int, counts: Counts, source: str) -> list[Row]:
+    last = int(np.argmax(row.targets)) - 1
+    if last < surplus:
+        counts.add("left out: what is learned of it is longer than a row", source)
+        return []
+    keep = np.ones(len(row.tokens), np.bool_)
+    keep[last - surplus : last] = False
+    return [Row(row.tokens[keep], row.targets[keep], np.array([keep.sum()], np.int32), row.labels)]
+
+
 def _piece(row: Row, start: int, end: int) -> Row:
     targets = row.targets[start:end].copy()
     targets[0] = False
-    return Row(row.tokens[start:end], targets, np.array([end - start], np.int32))
+    return Row(row.tokens[start:end], targets, np.array([end - start], np.int32), row.labels)
+
+
+def _cut_alike(row: Row, limit: Limit, source: str, counts: Counts) -> list[Row]:
+    """Documents that must stay together, cut to one length, the longest that leaves room for all; none where one would
+    be left without what is learned of it. Raises BadRowError where they are to be split.
+    """
+    most, lengths = limit.max_length, row.lengths.tolist()
+    if limit.on_long == "split":
+        raise BadRowError(f"{sum(lengths)} tokens in {len(lengths)} documents that belong together, over "
+                          f"dataset.max_length={most}; these cannot be split: raise it, or set dataset.on_long to "
+                          f"truncate or drop")  # fmt: skip
+    longest = max(n for n in range(1, most + 1) if sum(min(length, n) for length in lengths) <= most) \
+        if len(lengths) <= most else 0  # fmt: skip
+    starts = np.cumsum(row.lengths) - row.lengths
+    kept = [slice(start, start + min(length, longest)) for start, length in zip(starts.tolist(), lengths, strict=True)]
+    if not all(row.targets[part].any() for part in kept):
+        counts.add(f"left out: what comes before the replies takes all of {most} tokens", source)
+        return []
+    counts.add(f"truncated together to {most} tokens", source)
+    counts.add(CUT_OFF, source, sum(lengths) - sum(part.stop - part.start for part in kept))
+    tokens, targets = (np.concatenate([array[part] for part in kept]) for array in (row.tokens, row.targets))
+    if lost := int(row.targets.sum()) - int(targets.sum()):
+        counts.add(CUT_OFF_LEARNED, source, lost)
+    return [Row(tokens, targets, np.array([part.stop - part.start for part in kept], np.int32), row.labels)]
 
 
 def _share(example: Example, seed: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import final
 
@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from dtrain.data.batch import Batch
 from dtrain.data.collate import collate
 from dtrain.data.places import consumed, placed
+from dtrain.data.rows import Row
 from dtrain.data.store import AbstractStore
 from dtrain.plan.batch import BatchPlan
 
 Ints = NDArray[np.int64]
+Collate = Callable[[Sequence[Row], Sequence[int], int], Batch]
+"""The micro-batch of rows, with their ids and the padding token."""
 
 
 @final
@@ -25,13 +28,15 @@ class Loader:
     comes next is made while the last one is computed.
     """
 
-    def __init__(self, store: AbstractStore, batch: BatchPlan, *, rank: int, seed: int, pad_id: int) -> None:
+    def __init__(self, store: AbstractStore, batch: BatchPlan, *, rank: int, seed: int, pad_id: int,
+                 collate: Collate = collate) -> None:  # fmt: skip
         assert len(store) > 0, "no rows to train on"
         self._store = store
         self._order = store.order(seed)
         self._batch = batch
         self._rank = rank
         self._pad_id = pad_id
+        self._collate = collate
         self._thread = ThreadPoolExecutor(1, "loader")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -55,12 +60,14 @@ class Loader:
 
     def _make(self, samples: int) -> list[Batch]:
         ids = self._order.ids(samples, self._batch.global_batch)
-        return _window(self._store, self._batch, ids, rank=self._rank, pad_id=self._pad_id)
+        rows = _window(self._store, self._batch, ids, rank=self._rank)
+        return [self._collate(each, mine, self._pad_id) for each, mine in rows]
 
 
 def eval_windows(
-    store: AbstractStore, batch: BatchPlan, *, rank: int, pad_id: int, max_rows: int | None = None
-) -> Iterator[list[Batch]]:
+    store: AbstractStore, batch: BatchPlan, *, rank: int, pad_id: int, max_rows: int | None = None,
+    collate: Collate = collate,
+) -> Iterator[list[Batch]]:  # fmt: skip
     """The first `max_rows` rows, or all, each exactly once over all ranks, a global batch at a time.
 
     Every rank gets the same number of windows, and in each the same number of micro-batches; the last may be smaller.
@@ -68,11 +75,13 @@ def eval_windows(
     rows = store.first(len(store) if max_rows is None else max_rows)
     for start in range(0, len(rows), batch.global_batch):
         ids = rows[start : start + batch.global_batch]
-        yield _window(store, dataclasses.replace(batch, global_batch=len(ids)), ids, rank=rank, pad_id=pad_id)
+        window = _window(store, dataclasses.replace(batch, global_batch=len(ids)), ids, rank=rank)
+        yield [collate(each, mine, pad_id) for each, mine in window]
 
 
-def _window(store: AbstractStore, batch: BatchPlan, ids: Ints, *, rank: int, pad_id: int) -> list[Batch]:
-    """`ids` is a whole global batch."""
+def _window(store: AbstractStore, batch: BatchPlan, ids: Ints, *, rank: int) -> Iterator[tuple[list[Row], list[int]]]:
+    """The rows of each micro-batch of this rank, and their ids; `ids` is a whole global batch."""
     places = placed(store, batch, ids).tolist()
-    mine = [places[each.start : each.stop] for each in batch.micros(rank)]
-    return [collate([store.row(i) for i in each], each, pad_id) for each in mine]
+    for each in batch.micros(rank):
+        mine = places[each.start : each.stop]
+        yield [store.row(i) for i in mine], mine

@@ -20,10 +20,11 @@ from dtrain.data.prepared import Prepared as Prepared
 from dtrain.data.prepared import read_prepared as read_prepared
 from dtrain.data.template import describe, with_template
 from dtrain.data.tokenizer import tokenizer_digest
+from dtrain.datasets.base import SHAPES
 from dtrain.errors import DataError
 from dtrain.folders import discard, remove_leftovers, whole_folder
 
-_VERSION = 3
+_VERSION = 4
 """Of the files in a folder of prepared data; another version is never read, but made anew."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SAY_EVERY_S = 10.0
@@ -131,6 +132,7 @@ class _Job:
             if problem:
                 discard(final)
             shapes = list(dict.fromkeys(shape for one in made.values() for shape in _shapes(one)))
+            self.objective.among([SHAPES[shape] for shape in shapes])
             with whole_folder(final) as folder:
                 write_meta(folder, parts=key, shapes=shapes, sizes={},
                            prepared=_summed(made, sources, parts, dataset.max_length))  # fmt: skip
@@ -192,9 +194,22 @@ def _summed(made: Mapping[str, Prepared], sources: list[Source], parts: Parts, m
         "first": counts.places,
         "notes": list(dict.fromkeys(note for one in made.values() for note in one.notes)),
         "digest": xxhash.xxh3_128_hexdigest(json.dumps([said, parts.on_dry]).encode()),
+        "settled": _same_settled(made),
         "sources": [dataclasses.asdict(source) for source in sources],
         "on_dry": parts.on_dry,
     }
+
+
+def _same_settled(made: Mapping[str, Prepared]) -> dict[str, Any]:
+    """What was found in the data, which must be the same in each. Raises DataError."""
+    found = [one.settled for one in made.values()]
+    for key in found[0]:
+        by_name = {name: one.settled.get(key) for name, one in made.items()}
+        differ = [f"{name}: {value}" for name, value in by_name.items() if value != found[0][key]]
+        if differ:
+            raise DataError(f"objective.{key}: not the same in all sources ({found[0][key]}; {'; '.join(differ)}); "
+                            f"name all that there are with objective.{key}=")  # fmt: skip
+    return found[0]
 
 
 def _model_folder(model: ModelSpec, dataset: DatasetSpec, cache: Path, say: Say) -> Path:

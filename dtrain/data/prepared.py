@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dtrain.config.spec import ObjectiveSpec, OnDry
 from dtrain.data.counts import Counts
@@ -75,6 +75,8 @@ class Prepared:
     """What a user should know of how they were read: the chat template, and what of a row is learned."""
     digest: str
     """Of the rows themselves: equal where training would see the same, wherever the files lay."""
+    settled: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the objective whose values were found in the data."""
     sources: tuple[Source, ...] = ()
     """Of a mixture."""
     on_dry: OnDry | None = None
@@ -144,8 +146,9 @@ def read_prepared(
     meta = json.loads((folder / META).read_bytes())
     values: dict[str, Any] = dict(meta["prepared"])
     values["sources"] = tuple(Source(**source) for source in values.get("sources", ()))
-    for shape in meta["shapes"]:
-        objective = objective.resolve(SHAPES[shape]) if len(meta["shapes"]) == 1 else objective
+    objective = objective.among([SHAPES[shape] for shape in meta["shapes"]])
+    if settled := values.get("settled"):
+        objective = dataclasses.replace(cast("Any", objective), **settled)
     return Prepared(dir=folder, assets=assets, objective=objective, **values)
 
 

@@ -63,6 +63,8 @@ class _Chunk(NamedTuple):
     token_starts: NDArray[np.int64]
     length_starts: NDArray[np.int64]
     num_targets: NDArray[np.int64]
+    labels: NDArray[np.int32]
+    label_starts: NDArray[np.int64]
 
 
 @final
@@ -102,7 +104,8 @@ class RowStore(AbstractStore):
         chunk = self._chunk(at)
         tokens = slice(chunk.token_starts[k], chunk.token_starts[k + 1])
         lengths = slice(chunk.length_starts[k], chunk.length_starts[k + 1])
-        return Row(chunk.tokens[tokens], chunk.targets[tokens], chunk.lengths[lengths])
+        labels = slice(chunk.label_starts[k], chunk.label_starts[k + 1])
+        return Row(chunk.tokens[tokens], chunk.targets[tokens], chunk.lengths[lengths], chunk.labels[labels])
 
     def first(self, num: int) -> NDArray[np.int64]:
         return np.arange(min(num, self._num_rows))
@@ -175,6 +178,7 @@ def write_rows(path: Path, rows: Iterable[Row], *, max_length: int = 1024, packe
             ("targets", pa.large_list(pa.uint8())),  # not bool: Arrow packs those into bits, and a view would not do
             ("lengths", pa.large_list(pa.int32())),
             ("num_targets", pa.int64()),
+            ("labels", pa.large_list(pa.int32())),
         ],
         metadata={"packed": str(int(packed)), "rows_per_chunk": str(each)},
     )
@@ -188,6 +192,7 @@ def write_rows(path: Path, rows: Iterable[Row], *, max_length: int = 1024, packe
                     _lists([row.targets.view(np.uint8) for row in chunk], pa.uint8()),
                     _lists([row.lengths for row in chunk], pa.int32()),
                     pa.array([row.num_targets for row in chunk], pa.int64()),
+                    _lists([row.labels for row in chunk], pa.int32()),
                 ]
                 out.write_batch(pa.record_batch(columns, schema=schema))
         file.flush()
@@ -203,7 +208,7 @@ def _lists(arrays: list[NDArray[np.generic]], kind: pa.DataType) -> pa.LargeList
 
 
 def _view(batch: pa.RecordBatch) -> _Chunk:
-    tokens, targets, lengths, num_targets = batch.columns
+    tokens, targets, lengths, num_targets, labels = batch.columns
     return _Chunk(
         tokens.values.to_numpy(),
         targets.values.to_numpy().view(np.bool_),
@@ -211,6 +216,8 @@ def _view(batch: pa.RecordBatch) -> _Chunk:
         tokens.offsets.to_numpy(),
         lengths.offsets.to_numpy(),
         num_targets.to_numpy(),
+        labels.values.to_numpy(),
+        labels.offsets.to_numpy(),
     )
 
 

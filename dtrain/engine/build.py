@@ -15,7 +15,9 @@ from dtrain.checkpoint.export import write_export
 from dtrain.checkpoint.manifest import Manifest, Parameter
 from dtrain.checkpoint.storage import WEIGHT, file_name
 from dtrain.config import frozen
+from dtrain.data.collate import collate
 from dtrain.engine import rng
+from dtrain.engine.around import around
 from dtrain.engine.engine import Course, Engine
 from dtrain.engine.state import State
 from dtrain.errors import CheckpointError, DtrainError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from dtrain.config.schema import Config
     from dtrain.data.store import AbstractStore
     from dtrain.models.base import ModelBundle
+    from dtrain.objectives.base import Before
     from dtrain.plan.world import World
 
 
@@ -107,7 +110,7 @@ class _FromCheckpoint(AbstractWeights):
         return out
 
 
-def build(
+def build(  # noqa: PLR0913 - it is all that a run is made of
     config: Config,
     world: World,
     comm: AbstractComm,
@@ -116,8 +119,11 @@ def build(
     rows: tuple[AbstractStore, AbstractStore],
     pad_id: int,
     resume: Reader | None = None,
+    cache: Path | None = None,
 ) -> Built:
-    """`config` is settled: no `auto` is left in it. `resume`: a checkpoint to go on from. Collective."""
+    """`config` is settled: no `auto` is left in it. `resume`: a checkpoint to go on from; `cache`: where an objective
+    may keep what it found out, beside `assets` where it is not given. Collective.
+    """
     assert config.train.precision != "auto", config.train.precision
     assert config.train.steps is not None
     assert config.batch.global_batch is not None
@@ -152,12 +158,20 @@ def build(
         eval_max_rows=config.eval.max_rows,
         flops_per_token=config.model.figures().flops_per_token(config.dataset.max_length),
         peak_flops=_peak(comm.device, config.train.precision),
+        collate=config.objective.collator() or collate,
+        metrics=config.objective.metrics,
     )
+
+    def begin(say: Callable[[str], None]) -> Before | None:
+        found = around(config, bundle, strategy, comm, rows, pad_id=pad_id, cache=cache or assets.parent,
+                       resumed=resume is not None, say=say)  # fmt: skip
+        return config.objective.begin(found)
+
     # Dropout differs between ranks, and after a change of their number between the parts of the run.
     rng.seed(config.run.seed + 1 + comm.rank + state.step * 2**20)
     if resume is not None and resume.manifest.made_by.get("size") == comm.size:
         rng.load(resume.blobs(file_name(comm.rank)), comm.device)
-    engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state)
+    engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin)
     tied = _tied(bundle.module, list(shapes))
     return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied)
 

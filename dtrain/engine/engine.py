@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from dtrain.checkpoint.saver import AbstractSaver, NoSaver, Saved
-from dtrain.data.loader import Loader, eval_windows
+from dtrain.data.collate import collate
+from dtrain.data.loader import Collate, Loader, eval_windows
 from dtrain.engine import rng
 from dtrain.engine.control import Control, why
 from dtrain.engine.evaluate import evaluate
@@ -22,7 +23,7 @@ from dtrain.failpoints import reach
 from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -32,9 +33,12 @@ if TYPE_CHECKING:
     from dtrain.data.batch import Batch
     from dtrain.data.store import AbstractStore
     from dtrain.engine.state import Progress
-    from dtrain.objectives.base import Loss
+    from dtrain.objectives.base import Before, Loss
     from dtrain.plan.batch import BatchPlan
     from dtrain.strategies.base import AbstractStrategy
+
+    Metrics = Callable[[Mapping[str, Sequence[float]], int], Mapping[str, float]]
+    Begin = Callable[[Callable[[str], None]], Before | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +58,9 @@ class Course:
     flops_per_token: float
     peak_flops: float | None
     """Of one device, dense; None where unknown."""
+    collate: Collate = collate
+    metrics: Metrics = lambda sums, num_targets: {}
+    """What to tell of an eval besides its loss, of the sums of what the objective found."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,11 +89,15 @@ class Result:
 @final
 class Engine:
     def __init__(self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-                 rows: tuple[AbstractStore, AbstractStore], *, state: State | None = None) -> None:  # fmt: skip
-        """`state`: where to go on from."""
+                 rows: tuple[AbstractStore, AbstractStore], *, state: State | None = None,
+                 begin: Begin = lambda say: None) -> None:  # fmt: skip
+        """`state`: where to go on from; `begin` is called before the first step, and makes what sees the micro-batches
+        of each before their losses.
+        """
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows
         self._state = state or State()
+        self._begin = begin
         self._saved_step = self._state.step
         """Of the last checkpoint, or the one that this began with."""
         self._stop = 0
@@ -102,8 +113,10 @@ class Engine:
         self._save_s = saving.guess_s if saving else 0.0
         course = self._course
         self._loader = loader = Loader(
-            self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id
-        )
+            self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id,
+            collate=course.collate,
+        )  # fmt: skip
+        self._before = self._begin(self._note)
         self._agree()
         try:
             self._eval_if_due()
@@ -128,7 +141,7 @@ class Engine:
         data_s = time.perf_counter() - began
         self._progress.at("train")
         lr = course.lr * course.schedule.factor(state.step, course.steps)
-        result = train_step(batches, self._strategy, self._forward, self._comm, lr=lr)
+        result = train_step(batches, self._strategy, self._forward, self._comm, lr=lr, before=self._before)
         self._state = state = dataclasses.replace(
             state, step=state.step + 1, samples=state.samples + course.batch.global_batch,
             tokens=state.tokens + result.num_tokens, targets=state.targets + result.num_targets,
@@ -177,11 +190,13 @@ class Engine:
         self._progress.at("eval", self._state.step)
         began = time.perf_counter()
         windows = eval_windows(self._eval_rows, self._course.batch, rank=self._comm.rank, pad_id=self._course.pad_id,
-                               max_rows=self._course.eval_max_rows)  # fmt: skip
-        found = evaluate(windows, self._strategy, self._forward, self._comm, stop=self._asked_to_stop)
+                               max_rows=self._course.eval_max_rows, collate=self._course.collate)  # fmt: skip
+        found = evaluate(windows, self._strategy, self._forward, self._comm, stop=self._asked_to_stop,
+                         before=self._before)  # fmt: skip
         if found is None:  # it is looked at again when the run goes on
             return
-        report = EvalReport(self._state.step, *found, time.perf_counter() - began)
+        metrics = self._course.metrics(found.sums, found.num_targets)
+        report = EvalReport(self._state.step, found.loss, found.num_targets, time.perf_counter() - began, metrics)
         self._state = dataclasses.replace(self._state, eval_step=report.step, eval_loss=report.loss)
         for tracker in self._trackers:
             tracker.eval(report)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dtrain.data.batch import Batch
-    from dtrain.objectives.base import Loss
+    from dtrain.objectives.base import Before, Loss
     from dtrain.strategies.base import AbstractStrategy
 
 Objective = Callable[["nn.Module", "Batch"], "Loss"]
@@ -38,13 +38,15 @@ class StepResult:
 
 
 def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-               *, lr: float) -> StepResult:  # fmt: skip
-    """Forward and backward over this rank's micro-batches, then one update. Collective.
+               *, lr: float, before: Before | None = None) -> StepResult:  # fmt: skip
+    """Forward and backward over this rank's micro-batches, then one update; `before` sees them first. Collective.
 
     Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number.
     """
     counts = [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)]
     num_targets, num_tokens = (int(n) for n in comm.sum(counts))
+    if before is not None:
+        batches = before([batch.to(comm.device) for batch in batches], held_out=False)
     losses, extras = [], []
     for i, batch in enumerate(batches):
         with strategy.micro(sync=i == len(batches) - 1):

@@ -91,7 +91,8 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     trackers = FanOut(spec.build(run.path, plain, stream) for spec in config.tracker.values() if comm.rank == 0)
     passed_over: list[str] = []
     reader = _resume(manifest, comm, passed_over)
-    built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id, resume=reader)
+    built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id, resume=reader,
+                  cache=Path(data["dir"]).parent)  # fmt: skip
     first = 0 if reader is None else reader.manifest.step
     if reader is not None:
         reader.close()

@@ -24,7 +24,8 @@ _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head, named as in transformers; gives the sum of the cross-entropy over targets.
+    """A decoder and its head, named as in transformers; gives the sum of the cross-entropy over targets, or the
+    log-probability of each.
 
     Documents of a packed row do not see each other: their positions restart, and the masks are made from that.
     """
@@ -38,9 +39,10 @@ class CausalLM(nn.Module):
         self.add_module(head_name, head)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, target_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """fp32 scalar; with no targets 0, and attached to every parameter all the same."""
+        self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, target_ids: torch.Tensor,
+        *, each: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """fp32 scalar, or with `each` one for every target, [N]; attached to every parameter, without targets too."""
         further: dict[str, Any] = {}
         if self.flattens:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
@@ -50,7 +52,8 @@ class CausalLM(nn.Module):
             input_ids=tokens, attention_mask=None, position_ids=positions, use_cache=False, **further
         )
         hidden = out.last_hidden_state
-        return self.get_submodule(self.head_name)(hidden.reshape(-1, hidden.shape[-1])[target_index], target_ids)
+        chosen = hidden.reshape(-1, hidden.shape[-1])[target_index]
+        return self.get_submodule(self.head_name)(chosen, target_ids, each=each)
 
 
 def _documents(positions: torch.Tensor) -> dict[str, Any]:

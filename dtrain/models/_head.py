@@ -2,6 +2,9 @@
 
 The forward takes the targets a chunk at a time and computes, besides the loss, the gradients of that chunk: they need
 nothing that comes later, since the loss is a sum. What the backward does is a multiplication by one number.
+
+An objective that weighs targets by what it finds needs the log-probability of each. Their gradients wait for the
+backward, which computes the logits of each chunk once more.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ class Logits:
 class Head(nn.Module):
     """The output projection of `linear`, under the same parameter names; gives a loss in place of logits.
 
-    Call it once per forward: strategies gather its parameters around the call. With no target the loss is 0 and still
-    attached to the hidden states and the parameters.
+    Call it once per forward: strategies gather its parameters around the call. What it gives is attached to the hidden
+    states and the parameters, with no target too.
     """
 
     def __init__(self, linear: nn.Linear, logits: Logits, *, rows: int | None = None) -> None:
@@ -53,13 +56,14 @@ class Head(nn.Module):
         self.logits = logits
         self.rows = rows
 
-    def forward(self, hidden_NH: torch.Tensor, target_ids_N: torch.Tensor) -> torch.Tensor:
-        """The sum over targets of the cross-entropy, in fp32."""
+    def forward(self, hidden_NH: torch.Tensor, target_ids_N: torch.Tensor, *, each: bool = False) -> torch.Tensor:
+        """The sum over targets of the cross-entropy; with `each`, the log-probability of every target, [N]. In fp32."""
         kind = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
         rows = self.rows or chunk_rows(self.weight.shape[0], kind)
         how = _How(logits=self.logits, dtype=dtype, rows=rows, train=torch.is_grad_enabled())
-        return _ChunkedCrossEntropy.apply(hidden_NH, self.weight, self.bias, target_ids_N, how)
+        function = _ChunkedLogProbs if each else _ChunkedCrossEntropy
+        return function.apply(hidden_NH, self.weight, self.bias, target_ids_N, how)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,10 +94,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(targets), how.rows):
                 part = slice(start, start + how.rows)
                 x, ids = hidden[part].to(how.dtype), targets[part]
-                raw = x @ compute_weight.t()
-                if bias is not None:
-                    raw += bias.to(how.dtype)
-                log_probs = torch.log_softmax(how.logits.apply(raw.float()), dim=-1)
+                raw, log_probs = _of_vocabulary(x, compute_weight, bias, how)
                 losses[part] = -log_probs.gather(1, ids[:, None])[:, 0]
                 if any(wanted):
                     grads.add(part, x, compute_weight, _grad_raw(log_probs, ids, raw, how.logits).to(how.dtype))
@@ -111,6 +112,58 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in pairs)
         ctx.grads = None
         return hidden, weight, bias, None, None
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        how: _How,
+    ) -> torch.Tensor:
+        found = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            compute_weight = weight.to(how.dtype)
+            for start in range(0, len(targets), how.rows):
+                part = slice(start, start + how.rows)
+                log_probs = _of_vocabulary(hidden[part].to(how.dtype), compute_weight, bias, how)[1]
+                found[part] = log_probs.gather(1, targets[part, None])[:, 0]
+                del log_probs
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.how = how
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        how = ctx.how
+        grads = _Grads.zeros(hidden, weight, bias, ctx.needs_input_grad[:3], how)
+        with torch.autocast(hidden.device.type, enabled=False):
+            compute_weight = weight.to(how.dtype)
+            for start in range(0, len(targets), how.rows):
+                part = slice(start, start + how.rows)
+                x, ids = hidden[part].to(how.dtype), targets[part]
+                raw, log_probs = _of_vocabulary(x, compute_weight, bias, how)
+                # That of the cross-entropy, which is minus what was asked for.
+                of_raw = _grad_raw(log_probs, ids, raw, how.logits).mul_(-grad_N[part, None])
+                grads.add(part, x, compute_weight, of_raw.to(how.dtype))
+                del raw, log_probs, of_raw
+        pairs = ((grads.hidden, hidden), (grads.weight, weight), (grads.bias, bias))
+        return *(None if grad is None else grad.to(of.dtype) for grad, of in pairs), None, None
+
+
+def _of_vocabulary(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _How
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a chunk: what the projection gives, and the log-probabilities of all tokens in fp32."""
+    raw = x @ weight.t()
+    if bias is not None:
+        raw += bias.to(how.dtype)
+    return raw, torch.log_softmax(how.logits.apply(raw.float()), dim=-1)
 
 
 def _grad_raw(log_probs: torch.Tensor, ids: torch.Tensor, raw: torch.Tensor, logits: Logits) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -34,3 +35,5 @@ class ModelBundle:
     """The name of a parameter in the exported folder."""
     assets: Path
     """Config and tokenizer files that an export copies."""
+    base: Callable[[], AbstractContextManager[None]] | None = None
+    """Inside it the module computes what it did before tuning; None where tuning changes its own weights."""

@@ -27,11 +27,12 @@ def _roles(value: object) -> object:
 
 TrainOn = Annotated[Literal["assistant", "last_turn", "all"] | tuple[str, ...], BeforeValidator(_roles)]
 
-_INSTEAD: Mapping[type[Example], str] = {
-    Labelled: "the text and a new line are read, the label is learned",
-    Preference: "the chosen replies are learned, the rejected ones not looked at",
-    Judged: "the replies judged as good are learned, the others left out",
+_INSTEAD: Mapping[type[Example], tuple[str, str]] = {
+    Labelled: ("the text and a new line are read, the label is learned", "classify"),
+    Preference: ("the chosen replies are learned, the rejected ones not looked at", "dpo, simpo, orpo or reward"),
+    Judged: ("the replies judged as good are learned, the others left out", "kto"),
 }
+"""Of shapes that other objectives make more of: what is done with them here, and the others."""
 
 
 @spec
@@ -45,7 +46,7 @@ class SFT(ObjectiveSpec):
 
     def notes(self, shape: type[Example]) -> list[str]:
         said = _INSTEAD.get(shape)
-        return [] if said is None else [f"objective: sft: {said}; another objective for such rows is not there yet"]
+        return [] if said is None else [f"objective: sft: {said[0]}; objective={said[1]} looks at all of such a row"]
 
     def encode(self, example: Example, tokenizer: TextTokenizer) -> Row:
         if isinstance(example, Completion):
@@ -53,13 +54,13 @@ class SFT(ObjectiveSpec):
         if isinstance(example, Labelled):
             return _answer(f"{example.text}\n", example.label, tokenizer)
         if isinstance(example, Chat):
-            return self._chat([], example.messages, example.tools, tokenizer)
+            return self.reply([], example.messages, example.tools, tokenizer)
         if isinstance(example, Preference):
-            return self._chat(example.prompt, example.chosen, example.tools, tokenizer)
+            return self.reply(example.prompt, example.chosen, example.tools, tokenizer)
         if isinstance(example, Judged):
             if not example.good:
                 raise LeftOutError("judged as not good")
-            return self._chat(example.prompt, example.completion, example.tools, tokenizer)
+            return self.reply(example.prompt, example.completion, example.tools, tokenizer)
         raise DataError(f"{example.source}: a {type(example).__name__.lower()} row, and objective=sft learns "
                         f"conversations and answers; use objective=pretrain, or a dataset of these")  # fmt: skip
 
@@ -68,7 +69,7 @@ class SFT(ObjectiveSpec):
 
         return causal_loss
 
-    def _chat(self, prompt: Messages, reply: Messages, tools: Tools | None, tokenizer: TextTokenizer) -> Row:
+    def reply(self, prompt: Messages, reply: Messages, tools: Tools | None, tokenizer: TextTokenizer) -> Row:
         """`prompt`: what comes before a reply that was looked at by itself, so that only the reply is learned."""
         messages = [*prompt, *reply]
         chosen = [*(False for _ in prompt), *_chosen([message["role"] for message in reply], self.train_on)]

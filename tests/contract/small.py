@@ -80,8 +80,12 @@ def reference(
     folder: Path,
     recipe: Recipe,
     after: Callable[[int, Any, torch.optim.Optimizer], None] = lambda done, model, optimizer: None,
+    mean_loss: Callable[[Any, list[Row]], torch.Tensor] | None = None,
 ) -> Trained:
-    """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer."""
+    """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer;
+    `mean_loss` of a model and rows is the cross-entropy of their targets where it is not given.
+    """
+    mean_loss = mean_loss or _mean_loss
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
@@ -94,7 +98,7 @@ def reference(
     store, losses, norms, ids = RowStore(folder / "train.arrow"), [], [], []
     for step in range(recipe.steps):
         ids.append([int(i) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))])
-        loss = _mean_loss(model, [store.row(i) for i in ids[-1]])
+        loss = mean_loss(model, [store.row(i) for i in ids[-1]])
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)))
         for group in optimizer.param_groups:
@@ -105,7 +109,7 @@ def reference(
         after(step + 1, model, optimizer)
     held_out = RowStore(folder / "eval.arrow")
     with torch.no_grad():
-        eval_loss = float(_mean_loss(model, [held_out.row(i) for i in range(len(held_out))]))
+        eval_loss = float(mean_loss(model, [held_out.row(i) for i in range(len(held_out))]))
     named = dict(model.named_parameters())
     moments = {key: {name: optimizer.state[p][key].numpy() for name, p in named.items()}
                for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
@@ -171,8 +175,10 @@ def settled(typed: list[str]) -> Config:
     return validate(compose(typed).values)
 
 
-def make_built(folder: Path, typed: list[str] | Config, *, resume: Any = None) -> Any:
-    """dtrain's own engine for what was typed; call it on every rank. `resume`: a checkpoint's Reader."""
+def make_built(folder: Path, typed: list[str] | Config, *, resume: Any = None, cache: Path | None = None) -> Any:
+    """dtrain's own engine for what was typed; call it on every rank. `resume`: a checkpoint's Reader; `cache`: for what
+    an objective keeps.
+    """
     from dtrain.comm import TorchComm
     from dtrain.engine.build import build
     from dtrain.plan.world import World
@@ -180,14 +186,15 @@ def make_built(folder: Path, typed: list[str] | Config, *, resume: Any = None) -
     config = settled(typed) if isinstance(typed, list) else typed
     world = World.from_env("cpu")
     rows = (RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
-    return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0, resume=resume)
+    return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0, resume=resume,
+                 cache=cache)  # fmt: skip
 
 
-def train(folder: Path, typed: list[str]) -> Trained:
+def train(folder: Path, typed: list[str], cache: Path | None = None) -> Trained:
     """What dtrain makes of it; call it on every rank."""
     from dtrain.engine.state import Progress
 
-    built, record = make_built(folder, typed), Record()
+    built, record = make_built(folder, typed, cache=cache), Record()
     built.engine.run([record], Progress())
     weights = {name: full.numpy() for name, full in built.strategy.full_state()}
     return Trained([r.loss for r in record.reports], [r.grad_norm for r in record.reports], weights,

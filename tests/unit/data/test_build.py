@@ -100,16 +100,21 @@ def test_packing_in_windows_leaves_nothing_out(tmp_path, monkeypatch):
 
 def test_documents_come_back(tmp_path):
     with Documents(tmp_path / "documents") as documents:
-        tokens, targets = np.arange(9, dtype=np.int32) + 2**29, np.arange(9) % 2 == 1
-        documents.add(coded(tokens, targets), np.array([4, 5], np.int32), np.array([0.25, 0.5]))
-        documents.add(coded(tokens[:2], targets[:2]), np.array([2], np.int32), np.array([0.75]))
+        tokens, targets = np.arange(9, dtype=np.int32) + 2**28, np.arange(9) % 2 == 1
+        rows = [Row(tokens[part], targets[part], np.array(lengths, np.int32))
+                for part, lengths in ((slice(4), [4]), (slice(4, 9), [2, 3]), (slice(2), [2]))]  # fmt: skip
+        codes = [coded(row) for row in rows]
+        labels = np.array([7, -1, 3], np.int32)
+        documents.add(np.concatenate(codes[:2]), np.array([4, 5], np.int32), np.array([0.25, 0.5]), labels[:2])
+        documents.add(codes[2], np.array([2], np.int32), np.array([0.75]), labels[2:])
         documents.flush()
         assert documents.lengths.tolist() == [4, 5, 2]
         assert documents.shares.tolist() == [0.25, 0.5, 0.75]
-        row = documents.row(np.array([9, 4]), documents.lengths[[2, 1]])
+        row = documents.row(np.array([2, 1]), np.array([9, 4]))
         assert row.tokens.tolist() == [*tokens[:2], *tokens[4:]]
         assert row.targets.tolist() == [*targets[:2], *targets[4:]]
-        assert row.lengths.tolist() == [2, 5]
+        assert row.lengths.tolist() == [2, 2, 3]
+        assert row.labels.tolist() == [3, -1]
         assert (row.tokens.dtype, row.targets.dtype) == (np.int32, np.bool_)
     assert not list(tmp_path.iterdir())
 

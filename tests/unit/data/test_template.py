@@ -10,7 +10,7 @@ from dtrain.config.validate import validate_spec
 from dtrain.data.prepare import prepare
 from dtrain.data.template import describe, has_template, with_template
 from dtrain.data.tokenizer import TextTokenizer, stop_ids
-from dtrain.datasets.base import AbstractRows, Chat, Completion, Judged, Text
+from dtrain.datasets.base import AbstractRows, Chat, Completion, Judged, Preference, Text
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.assets import copy_assets
 from dtrain.objectives.auto import Auto
@@ -181,7 +181,7 @@ class Given(AbstractRows):
     """The rows that a test has written down."""
 
     shape: str
-    kinds = {"chat": Chat, "text": Text, "judged": Judged, "completion": Completion}  # noqa: RUF012
+    kinds = {"chat": Chat, "text": Text, "judged": Judged, "completion": Completion, "preference": Preference}  # noqa: RUF012
     rows = {}  # noqa: RUF012
 
     def examples(self):
@@ -192,9 +192,9 @@ class Given(AbstractRows):
         return json.dumps(self.rows[self.shape])
 
 
-def prepared(shape, rows, cache, said=None, template=None, model=None, **values):
+def prepared(shape, rows, cache, said=None, template=None, model=None, objective=None, **values):
     Given.rows[shape] = rows
-    return prepare(Given(shape=shape, max_length=values.pop("max_length", 64), **values), Auto(), model or FakeModel(), template or Jinja(),
+    return prepare(Given(shape=shape, max_length=values.pop("max_length", 64), **values), objective or Auto(), model or FakeModel(), template or Jinja(),
                    eval_fraction=0.0, seed=0, cache=cache, say=([] if said is None else said).append)  # fmt: skip
 
 
@@ -227,13 +227,13 @@ def test_a_chat_cut_within_an_answer_is_counted(tmp_path):
 def test_judged_rows_that_are_left_out_are_counted(tmp_path):
     question, answer = chats("the cat")[0]["messages"]
     rows = [{"prompt": [question], "completion": [answer], "good": i > 1} for i in range(5)]
-    done = prepared("judged", rows, tmp_path)
+    done = prepared("judged", rows, tmp_path, objective=SFT())
     assert done.counts == {"read": 5, "left out: judged as not good": 2}
     assert done.objective == SFT()
     assert done.notes == [
         "template: the tokenizer's own",
-        "objective: sft: the replies judged as good are learned, the others left out; another objective for such rows is "
-        "not there yet",
+        "objective: sft: the replies judged as good are learned, the others left out; objective=kto looks at all of such "
+        "a row",
     ]
     assert done.lines()[:2] == done.notes
 

@@ -28,6 +28,24 @@ def _grads(loss, *tensors):
     return torch.autograd.grad(loss * 0.25, tensors)
 
 
+def _plain_each(linear, logits, hidden, ids):
+    return logits.apply(linear(hidden).float()).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 37, 100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("logits", [Logits(), Logits(scale=0.125), Logits(scale=2.0, cap=3.0)])
+def test_the_log_probability_of_each_target_and_its_gradients_are_the_plain_ones(rows, bias, logits):
+    linear, head, hidden, ids = _case(bias=bias, logits=logits, rows=rows)
+    tensors = [hidden, *linear.parameters()]
+    want, got = _plain_each(linear, logits, hidden, ids), head(hidden, ids, each=True)
+    assert (got.shape, got.dtype) == ((N,), torch.float32)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    weigh = torch.randn(N)
+    for g, w in zip(torch.autograd.grad(got, tensors, weigh), torch.autograd.grad(want, tensors, weigh), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=3e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 37, 100])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("logits", [Logits(), Logits(scale=0.125), Logits(scale=2.0, cap=3.0)])
@@ -41,7 +59,8 @@ def test_value_and_gradients_are_those_of_plain_cross_entropy(rows, bias, logits
         torch.testing.assert_close(g, w, rtol=1e-5, atol=2e-6)
 
 
-def test_bf16_is_as_close_to_fp32_as_plain_bf16_is():
+@pytest.mark.parametrize("each", [False, True])
+def test_bf16_is_as_close_to_fp32_as_plain_bf16_is(each):
     linear, head, hidden, ids = _case(dtype=torch.bfloat16, n=400)
     tensors = [hidden, linear.weight]
     exact_linear = nn.Linear(H, V, bias=False)
@@ -49,7 +68,7 @@ def test_bf16_is_as_close_to_fp32_as_plain_bf16_is():
     exact_hidden = hidden.detach().float().requires_grad_()
     exact = _grads(_plain(exact_linear, Logits(), exact_hidden, ids), exact_hidden, exact_linear.weight)
     plain = _grads(_plain(linear, Logits(), hidden, ids), *tensors)
-    ours = _grads(head(hidden, ids), *tensors)
+    ours = _grads(-head(hidden, ids, each=True).sum() if each else head(hidden, ids), *tensors)
     for e, p, o in zip(exact, plain, ours, strict=True):
         assert o.dtype == torch.bfloat16
         assert (o.float() - e).norm() < 1.25 * (p.float() - e).norm()
@@ -66,21 +85,23 @@ def test_autocast_computes_in_its_dtype_and_gives_fp32_gradients():
     assert (weight_grad - exact).norm() < 0.01 * exact.norm()
 
 
-def test_no_target_gives_zero_that_is_still_attached():
+@pytest.mark.parametrize("each", [False, True])
+def test_no_target_gives_zero_that_is_still_attached(each):
     linear, head, hidden, ids = _case(bias=True, n=0)
-    loss = head(hidden, ids)
+    loss = head(hidden, ids, each=each).sum()
     assert loss.item() == 0.0
     loss.backward()
     assert hidden.grad.shape == (0, H)
     assert [p.grad.count_nonzero().item() for p in linear.parameters()] == [0, 0]
 
 
-def test_a_frozen_weight_costs_no_gradient():
+@pytest.mark.parametrize("each", [False, True])
+def test_a_frozen_weight_costs_no_gradient(each):
     linear, head, hidden, ids = _case()
     linear.weight.requires_grad_(False)
     want = _grads(_plain(linear, Logits(), hidden, ids), hidden)[0]
     with _Largest() as seen:
-        head(hidden, ids).mul(0.25).backward()
+        (-head(hidden, ids, each=True).sum() if each else head(hidden, ids)).mul(0.25).backward()
     assert linear.weight.grad is None
     assert (V, H) not in seen.shapes
     torch.testing.assert_close(hidden.grad, want)
@@ -95,10 +116,11 @@ def test_without_grad_only_the_loss_is_computed():
     assert (N, H) not in seen.shapes
 
 
-def test_the_logits_of_all_targets_never_exist():
+@pytest.mark.parametrize("each", [False, True])
+def test_the_logits_of_all_targets_never_exist(each):
     _, head, hidden, ids = _case(n=400, rows=8)
     with _Largest() as seen:
-        head(hidden, ids).backward()
+        head(hidden, ids, each=each).sum().backward()
     # The weight gradient [50, 24] and the hidden gradient [400, 24] are needed; logits come 8 x 50 at a time.
     assert {shape for shape in seen.shapes if V in shape and 400 in shape} == set()
     assert seen.numel == 400 * H

@@ -9,6 +9,8 @@ from dtrain.datasets.badrows import BadRowError, LeftOutError
 from dtrain.datasets.base import Chat, Completion, Example, Judged, Labelled, Preference, Text
 from dtrain.errors import ConfigError, DataError
 from dtrain.objectives.auto import Auto
+from dtrain.objectives.dpo import DPO
+from dtrain.objectives.kto import KTO
 from dtrain.objectives.pretrain import Pretrain
 from dtrain.objectives.sft import SFT
 
@@ -76,6 +78,11 @@ def test_rows_of_the_other_shape_are_refused_with_the_way_out():
 def test_auto_goes_by_the_shape():
     assert isinstance(Auto().resolve(Text), Pretrain)
     assert isinstance(Auto().resolve(Chat), SFT)
+    assert Auto(train_on="all").resolve(Preference) == DPO(train_on="all")
+    assert Auto().resolve(Judged) == KTO()
+    assert Auto().among([Text, Chat]) == Auto()
+    with pytest.raises(DataError, match="rows of preference and judged, which are not learned by one loss"):
+        Auto().among([Preference, Judged])
     assert Pretrain().resolve(Chat) == Pretrain()
     with pytest.raises(DataError, match="Example"):
         Auto().resolve(Example)
@@ -147,7 +154,7 @@ def test_of_an_answer_only_the_answer_is_learned(objective):
     assert row.tokens.tolist() == [*map(ord, "a film\ngood"), Letters.eos_id]
 
 
-@pytest.mark.parametrize("objective", [SFT(), Auto(), SFT(train_on="last_turn")])
+@pytest.mark.parametrize("objective", [SFT(), SFT(train_on="last_turn")])
 def test_of_replies_the_chosen_and_good_ones_are_learned(objective):
     before, reply, other = STEPS[:4], said(("assistant", "yes")), said(("assistant", "no"))
     assert learned(objective.encode(Preference("a:1", before, reply, other), Letters())) == "yes"
@@ -157,10 +164,11 @@ def test_of_replies_the_chosen_and_good_ones_are_learned(objective):
 
 
 def test_what_is_done_instead_is_told():
-    for shape, words in ((Labelled, "label is learned"), (Preference, "chosen replies"), (Judged, "judged as good")):
-        (note,) = Auto().resolve(shape).notes(shape)
+    for shape, words, other in ((Labelled, "label is learned", "classify"), (Preference, "chosen replies", "dpo, simpo"),
+                                (Judged, "judged as good", "kto")):  # fmt: skip
+        (note,) = SFT().notes(shape)
         assert words in note
-        assert note.endswith("another objective for such rows is not there yet")
+        assert f"; objective={other}" in note
     assert SFT().notes(Chat) == SFT().notes(Completion) == Pretrain().notes(Text) == []
 
 
@@ -192,3 +200,46 @@ def test_the_loss_is_what_the_module_gives_and_counts_the_targets(objective):
     batch = Batch({"tokens": torch.tensor([1, 2]), "target_ids": torch.tensor([4])}, 1, 2, [0])
     loss = objective.build()(Sum(), batch)
     assert (loss.total.item(), loss.num_targets, dict(loss.extras)) == (7, 1, {})
+
+
+PROMPT = said(("user", "hi"))
+PAIR = Preference("a.jsonl:3", PROMPT, said(("assistant", "yes")), said(("assistant", "no")))
+
+
+@pytest.mark.parametrize("objective", [DPO(), Auto()])
+def test_a_pair_is_two_documents_of_which_the_replies_are_learned(objective):
+    row = objective.encode(PAIR, Letters())
+    assert row.tokens.tolist() == [*map(ord, "hiyes"), *map(ord, "hino")]
+    assert row.targets.tolist() == [False, False, True, True, True, False, False, True, True]
+    assert row.lengths.tolist() == [5, 4]
+
+
+def test_a_pair_of_the_same_reply_is_left_out():
+    with pytest.raises(LeftOutError, match="the same"):
+        DPO().encode(Preference("a:1", PROMPT, said(("assistant", "no")), said(("assistant", "no"))), Letters())
+
+
+@pytest.mark.parametrize(("objective", "words"), [(DPO(), "columns `chosen` and `rejected`"), (KTO(), "`label`")])
+def test_rows_that_are_no_replies_are_refused_with_what_is_needed(objective, words):
+    with pytest.raises(DataError, match=f"b.jsonl:7: a chat row, and objective=.*{words}"):
+        objective.encode(CHAT, Letters())
+
+
+def test_label_smoothing_goes_with_one_loss():
+    assert DPO(label_smoothing=0.1).problems() == []
+    assert "objective.loss=sigmoid" in DPO(label_smoothing=0.1, loss="ipo").problems()[0]
+
+
+def judged(prompt, reply, *, good=True):
+    return Judged(f"a:{ord(reply[0])}", said(("user", prompt)), said(("assistant", reply)), good=good)
+
+
+def test_a_judged_reply_comes_with_one_that_was_given_to_something_else():
+    # The first two answer the same, so both take the third's; the last takes that of the first.
+    rows = KTO().together([judged("p", "a"), judged("p", "b", good=False), judged("q", "c"), judged("r", "d")])
+    encoded = [KTO().encode(row, Letters()) for row in rows]
+    assert ["".join(map(chr, row.tokens)) for row in encoded] == ["papc", "pbpc", "qcqd", "rdra"]
+    assert [row.labels.tolist() for row in encoded] == [[1], [0], [1], [1]]
+    assert [row.lengths.tolist() for row in encoded] == [[2, 2]] * 4
+    (alone,) = KTO().together([judged("p", "a")])
+    assert KTO().encode(alone, Letters()).lengths.tolist() == [2, 2]

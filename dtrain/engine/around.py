@@ -1,0 +1,77 @@
+"""What an objective may ask for when training begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dtrain.config import frozen
+from dtrain.objectives.base import Around
+from dtrain.plan.batch import BatchPlan
+from dtrain.strategies._place import materialise
+
+if TYPE_CHECKING:
+    from dtrain.comm import AbstractComm
+    from dtrain.config.schema import Config
+    from dtrain.data.store import AbstractStore
+    from dtrain.models.base import ModelBundle
+    from dtrain.strategies.base import AbstractStrategy
+
+_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAMPLE_BYTES, _SAMPLES = 1 << 16, 16
+
+
+def around(  # noqa: PLR0913 - it is all that there is
+    config: Config,
+    bundle: ModelBundle,
+    strategy: AbstractStrategy,
+    comm: AbstractComm,
+    rows: tuple[AbstractStore, AbstractStore],
+    *,
+    pad_id: int,
+    cache: Path,
+    resumed: bool,
+    say: Callable[[str], None],
+) -> Around:
+    assert config.batch.global_batch is not None
+    assert config.batch.micro_batch != "auto"
+    return Around(
+        module=strategy.module, comm=comm, base=bundle.base, copy=lambda: _copy(config, bundle.assets, comm.device),
+        rows=rows, batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size), pad_id=pad_id,
+        start=lambda: start_digest(config, bundle.assets), cache=cache, resumed=resumed, say=say,
+    )  # fmt: skip
+
+
+def start_digest(config: Config, assets: Path) -> str:
+    """Of the weights that training starts from, and what computes with them; wherever the model's folder lies. Of large
+    files some pieces are read.
+    """
+    import xxhash
+
+    plain = frozen.to_plain(config)
+    said: list[Any] = [json.loads((assets / "config.json").read_bytes()), plain["tuning"], config.train.precision]
+    if not config.model.trained():
+        said += [plain["model"], config.run.seed]
+    state = xxhash.xxh3_128(json.dumps(said, sort_keys=True, default=str).encode())
+    for path in sorted(assets.glob("*.safetensors")) if config.model.trained() else ():
+        size = path.stat().st_size
+        state.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(size * i // _SAMPLES)
+                state.update(file.read(_SAMPLE_BYTES))
+    return state.hexdigest()
+
+
+def _copy(config: Config, assets: Path, device: torch.device) -> nn.Module:
+    made = config.model.build(assets, seed=config.run.seed)
+    materialise(made.module, device, _COMPUTE[config.train.precision])
+    with torch.no_grad():
+        for name, param in made.module.named_parameters():
+            param.copy_(made.weights.read(name, 0, param.numel()).view(param.shape))
+    return made.module.requires_grad_(requires_grad=False).eval()

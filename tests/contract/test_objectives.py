@@ -1,0 +1,122 @@
+"""Every objective is the same whatever the parallelism: against its formula, computed by one plain process."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from tests.contract.preferences import OPTIONS, formula, make_preferences
+from tests.contract.small import Recipe, Trained, make_built, overrides, reference, train
+from tests.contract.test_equivalence import STRATEGIES, difference
+from tests.processes import run_ranks
+
+RECIPE = Recipe(6, steps=4)
+
+
+@pytest.fixture(scope="session")
+def replies(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replies") / "data"
+    make_preferences(folder, small / "model")
+    return folder
+
+
+@functools.lru_cache(maxsize=1)
+def _start(model: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+@functools.cache
+def _expected(replies: Path, name: str) -> Trained:
+    return reference(replies, RECIPE, mean_loss=formula(name, _start(replies / "model")))
+
+
+def _typed(replies: Path, name: str, *more: str) -> list[str]:
+    typed = [one for one in overrides(replies, RECIPE, *more) if not one.startswith("objective=")]
+    return [*typed, *OPTIONS[name]]
+
+
+CASES = [
+    *(("sigmoid", strategy, 2, ()) for strategy in STRATEGIES),
+    ("sigmoid", "ddp", 2, ("objective.reference=copy", "batch.micro_batch=1")),
+    ("sigmoid", "ddp", 1, ("batch.micro_batch=6",)),
+    ("smoothed", "ddp", 1, ()),
+    ("ipo", "zero2", 2, ()),
+    ("hinge", "fsdp2", 2, ("batch.micro_batch=1",)),
+    ("simpo", "zero3", 2, ()),
+    ("simpo", "ddp", 1, ("batch.micro_batch=4",)),
+    ("orpo", "fsdp2", 2, ()),
+    ("kto", "zero3", 2, ("batch.micro_batch=1",)),
+    ("kto", "ddp", 2, ("objective.reference=copy",)),
+    ("kto", "fsdp2", 1, ("batch.micro_batch=6",)),
+]
+
+
+@pytest.mark.parametrize(("name", "strategy", "size", "more"), CASES)
+def test_every_objective_equals_its_formula(
+    replies: Path, tmp_path: Path, name: str, strategy: str, size: int, more: tuple[str, ...]
+) -> None:
+    expected = _expected(replies, name)
+    typed = _typed(replies, name, f"strategy={strategy}", *more)
+    for got in run_ranks(train, replies, typed, tmp_path, size=size):
+        assert got.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert got.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert got.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
+        for key, weight in expected.weights.items():
+            assert difference(got.weights[key], weight) < 1e-5, key
+
+
+def _values(replies: Path, typed: list[str], cache: Path) -> list[float]:
+    train(replies, typed, cache)
+    (found,) = cache.glob("reference-*")
+    assert not list(cache.glob(".tmp-*"))
+    return [float(value) for value in load_file(found / "train.safetensors")["values"]]
+
+
+def test_the_reference_is_computed_once_and_found_again(replies: Path, tmp_path: Path) -> None:
+    typed = _typed(replies, "sigmoid", "strategy=ddp")
+    (values, _) = run_ranks(_values, replies, typed, tmp_path, size=2)
+    from dtrain.data.store import RowStore
+    from tests.contract.preferences import documents
+
+    store = RowStore(replies / "train.arrow")
+    with torch.no_grad():
+        expected, _ = documents(_start(replies / "model"), [store.row(i) for i in range(len(store))])
+    assert values == pytest.approx([float(one) for one in expected], rel=1e-5)
+    (folder,) = tmp_path.glob("reference-*")
+    kept = load_file(folder / "train.safetensors")
+    save_file({**kept, "values": kept["values"] + 1}, folder / "train.safetensors")
+    (again,) = run_ranks(_values, replies, typed, tmp_path, size=1)
+    assert again == pytest.approx([value + 1 for value in values], rel=1e-5), "it was computed anew"
+
+
+def _resumed(replies: Path, typed: list[str], cache: Path) -> str:
+    from dtrain.engine.around import around
+    from dtrain.errors import RunError
+    from dtrain.objectives._reference import reference
+
+    built = make_built(replies, typed, cache=cache)
+    found = around(built.config, built.bundle, built.strategy, built.comm,
+                   (built.engine._train_rows, built.engine._eval_rows), pad_id=0, cache=cache, resumed=True,
+                   say=lambda line: None)  # fmt: skip
+    try:
+        reference("cached", found)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def test_trained_weights_never_stand_for_the_reference(replies: Path, tmp_path: Path) -> None:
+    typed = _typed(replies, "sigmoid", "strategy=ddp")
+    for message in run_ranks(_resumed, replies, typed, tmp_path, size=2):
+        assert "is not there" in message
+        assert "objective.reference=copy" in message
+    train_ranks = run_ranks(train, replies, typed, tmp_path, size=1)
+    assert len(train_ranks[0].losses) == RECIPE.steps
+    assert run_ranks(_resumed, replies, typed, tmp_path, size=2) == ["", ""]
