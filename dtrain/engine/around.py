@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,14 @@ def around(  # noqa: PLR0913 - it is all that there is
     cache: Path,
     resumed: bool,
     say: Callable[[str], None],
+    at: Callable[[Sequence[int]], None],
 ) -> Around:
     assert config.batch.global_batch is not None
     assert config.batch.micro_batch != "auto"
     return Around(
         module=strategy.module, comm=comm, base=bundle.base, copy=lambda: _copy(config, bundle.assets, comm.device),
         rows=rows, batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size), pad_id=pad_id,
-        start=lambda: start_digest(config, bundle.assets), cache=cache, resumed=resumed, say=say,
+        start=lambda: start_digest(config, bundle.assets), cache=cache, resumed=resumed, say=say, at=at,
     )  # fmt: skip
 
 

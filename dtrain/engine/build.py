@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -162,9 +162,9 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
         metrics=config.objective.metrics,
     )
 
-    def begin(say: Callable[[str], None]) -> Before | None:
+    def begin(say: Callable[[str], None], at: Callable[[Sequence[int]], None]) -> Before | None:
         found = around(config, bundle, strategy, comm, rows, pad_id=pad_id, cache=cache or assets.parent,
-                       resumed=resume is not None, say=say)  # fmt: skip
+                       resumed=resume is not None, say=say, at=at)  # fmt: skip
         return config.objective.begin(found)
 
     # Dropout differs between ranks, and after a change of their number between the parts of the run.

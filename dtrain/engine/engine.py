@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dtrain.strategies.base import AbstractStrategy
 
     Metrics = Callable[[Mapping[str, Sequence[float]], int], Mapping[str, float]]
-    Begin = Callable[[Callable[[str], None]], Before | None]
+    Begin = Callable[[Callable[[str], None], Callable[[Sequence[int]], None]], Before | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Result:
 class Engine:
     def __init__(self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
                  rows: tuple[AbstractStore, AbstractStore], *, state: State | None = None,
-                 begin: Begin = lambda say: None) -> None:  # fmt: skip
+                 begin: Begin = lambda say, at: None) -> None:  # fmt: skip
         """`state`: where to go on from; `begin` is called before the first step, and makes what sees the micro-batches
         of each before their losses.
         """
@@ -116,7 +116,7 @@ class Engine:
             self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id,
             collate=course.collate,
         )  # fmt: skip
-        self._before = self._begin(self._note)
+        self._before = self._begin(self._note, lambda ids: progress.at("begin", rows=ids))
         self._agree()
         try:
             self._eval_if_due()

@@ -12,7 +12,7 @@ class Progress:
     """Mutable on purpose: the worker reads it when something breaks, and the launcher hears of each change."""
 
     phase: str = "init"
-    """init, load, data, train, eval, save, write (waiting for a save to be written), export, end."""
+    """init, load, begin, data, train, eval, save, write (waiting for a save to be written), export, end."""
     step: int = 0
     """Optimizer steps done."""
     rows: Sequence[int] = ()

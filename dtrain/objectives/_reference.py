@@ -210,6 +210,7 @@ def _share(around: Around, store: AbstractStore, name: str) -> dict[str, np.ndar
         for i in range(num_rounds):
             at = i * comm.size + comm.rank
             chunk = chunks[at] if at < len(chunks) else []
+            around.at(chunk)
             rows = [store.row(one) for one in chunk]
             batch = by_document(rows, chunk, around.pad_id).to(comm.device)
             values.append(log_probs(around.module, batch).cpu().numpy())

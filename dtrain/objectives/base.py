@@ -58,3 +58,5 @@ class Around:
     resumed: bool
     """Whether the module's weights are not those that training started from."""
     say: Callable[[str], None]
+    at: Callable[[Sequence[int]], None]
+    """To be told which rows are looked at, so that a rank that is slow is not taken for one that hangs."""

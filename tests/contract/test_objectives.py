@@ -104,7 +104,7 @@ def _resumed(replies: Path, typed: list[str], cache: Path) -> str:
     built = make_built(replies, typed, cache=cache)
     found = around(built.config, built.bundle, built.strategy, built.comm,
                    (built.engine._train_rows, built.engine._eval_rows), pad_id=0, cache=cache, resumed=True,
-                   say=lambda line: None)  # fmt: skip
+                   say=lambda line: None, at=lambda rows: None)  # fmt: skip
     try:
         reference("cached", found)
     except RunError as error:
