@@ -41,7 +41,8 @@ class Failure:
     host: str
     local_rank: int
     phase: str
-    """What the rank was doing: init, load, begin, data, train, eval, save, write, export, end; empty where nobody knows."""
+    """What the rank was doing: init, load, begin, data, train, eval, save, write, export, end; empty where nobody
+    knows."""
     step: int | None
     kind: str
     """user, worker, hang, nonfinite or storage."""
