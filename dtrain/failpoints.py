@@ -2,7 +2,7 @@
 
 `DTRAIN_FAIL=ckpt.manifest:kill` kills every process that comes to that place; `ckpt.tensors:kill:rank=1:after=2` the
 one of rank 1, at the third time; `ckpt.tensors:sleep=0.5` waits there; `ckpt.tensors:full:times=1` fails as a full disk
-does, once; `train.forward:oom` as a device without memory does.
+does, once; `train.forward:oom:attempt=0` as a device without memory does, in the run's first attempt.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def reach(name: str) -> None:
             continue
         limits = dict(condition.split("=", 1) for condition in conditions)
         if limits.get("rank", os.environ.get("RANK", "0")) != os.environ.get("RANK", "0"):
+            continue
+        if limits.get("attempt", os.environ.get("DTRAIN_ATTEMPT", "0")) != os.environ.get("DTRAIN_ATTEMPT", "0"):
             continue
         _passed[one] = _passed.get(one, 0) + 1
         after = int(limits.get("after", "0"))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 from dtrain.checkpoint import manifest, retention
 from dtrain.checkpoint.manifest import File, Manifest, folder_name
-from dtrain.checkpoint.storage import HostBuffer, Part, file_name, parts, write_file
+from dtrain.checkpoint.storage import HostBuffer, Part, copied_apart, file_name, parts, write_file
 from dtrain.errors import CheckpointError, StorageError
 from dtrain.failpoints import reach
 from dtrain.folders import discard, sync, temporary
@@ -77,6 +77,8 @@ class AbstractSaver(Protocol):
 
     def save(self, shards: Iterable[Shard], what: Manifest, blobs: Mapping[str, bytes]) -> None: ...
 
+    def save_apart(self, shards: Iterable[Shard], what: Manifest, blobs: Mapping[str, bytes]) -> None: ...
+
     def finished(self) -> Saved | None: ...
 
     def wait(self) -> None: ...
@@ -89,6 +91,8 @@ class NoSaver:
     busy = failed = False
 
     def save(self, shards: Iterable[Shard], what: Manifest, blobs: Mapping[str, bytes]) -> None: ...
+
+    def save_apart(self, shards: Iterable[Shard], what: Manifest, blobs: Mapping[str, bytes]) -> None: ...
 
     def finished(self) -> Saved | None:
         return None
@@ -137,6 +141,15 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(staged, what, blobs, began, pause_s), daemon=True,
                                         name=f"save-{what.step}")  # fmt: skip
         self._thread.start()
+
+    def save_apart(self, shards: Iterable[Shard], what: Manifest, blobs: Mapping[str, bytes]) -> None:
+        """The same where the training stands still for good, in the middle of a step: all at once, and on a device
+        beside what is queued there, which may never end. Collective.
+        """
+        self.wait()
+        began = time.perf_counter()
+        order = {name: i for i, name in enumerate(what.parameters)}
+        self._write(copied_apart(parts(shards, order)), what, blobs, began, None)
 
     def finished(self) -> Saved | None:
         """What became of the last save, once; None where there is nothing new.

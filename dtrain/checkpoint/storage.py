@@ -80,6 +80,14 @@ class HostBuffer:
         return copies
 
 
+def copied_apart(of: Sequence[Part]) -> list[Part]:
+    """The parts in host memory, by a stream of their own: it waits for nothing that is queued on the device."""
+    if not any(part.view.is_cuda for part in of):
+        return list(of)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return [part._replace(view=part.view.cpu()) for part in of]
+
+
 def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 

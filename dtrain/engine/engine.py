@@ -16,6 +16,7 @@ from dtrain.data.loader import Collate, Loader, eval_windows
 from dtrain.engine import rng
 from dtrain.engine.control import Control, why
 from dtrain.engine.evaluate import evaluate
+from dtrain.engine.rescue import NO_RESCUE, AbstractRescue
 from dtrain.engine.state import State
 from dtrain.engine.step import Objective, StepResult, train_step
 from dtrain.errors import NonFiniteError, StorageError
@@ -105,10 +106,10 @@ class Engine:
         self._step_s = self._save_s = 0.0
 
     def run(self, trackers: Sequence[AbstractTracker], progress: Progress, saving: Saving | None = None,
-            control: Control | None = None) -> Result:  # fmt: skip
+            control: Control | None = None, rescue: AbstractRescue = NO_RESCUE) -> Result:  # fmt: skip
         """Train to the end, with evals and saves on the way and at the end, or until asked to stop. Collective."""
         self._trackers, self._progress = trackers, progress
-        self._saving, self._control = saving, control or Control()
+        self._saving, self._control, self._rescue = saving, control or Control(), rescue
         self._saver = saving.saver if saving else NoSaver()
         self._save_s = saving.guess_s if saving else 0.0
         course = self._course
@@ -130,6 +131,7 @@ class Engine:
         if self._stop or (saving and saving.at_end):
             self._save()
         self._hear_all()
+        rescue.end()
         stopped = self._stop and (self._state.step < course.steps or self._eval_due())
         return Result(self._state, why(self._stop) if stopped else None)
 
@@ -141,7 +143,14 @@ class Engine:
         data_s = time.perf_counter() - began
         self._progress.at("train")
         lr = course.lr * course.schedule.factor(state.step, course.steps)
-        result = train_step(batches, self._strategy, self._forward, self._comm, lr=lr, before=self._before)
+        drawn = rng.save(self._comm.device) if self._rescue is not NO_RESCUE else {}
+        self._rescue.begin(state.step, lambda: self._keep(drawn))
+        try:
+            result = train_step(batches, self._strategy, self._forward, self._comm, lr=lr, before=self._before,
+                                updating=self._rescue.updating)  # fmt: skip
+        except Exception as error:
+            self._rescue.failed(error)
+            raise
         self._state = state = dataclasses.replace(
             state, step=state.step + 1, samples=state.samples + course.batch.global_batch,
             tokens=state.tokens + result.num_tokens, targets=state.targets + result.num_targets,
@@ -223,16 +232,29 @@ class Engine:
         if self._saving is None or self._saved_step == self._state.step:
             return
         self._progress.at("save", self._state.step)
+        self._saver.save(self._strategy.shards(), self._described(self._saving), rng.save(self._comm.device))
+        self._saved_step, self._save_due = self._state.step, False
+        self._control.saved()
+
+    def _described(self, saving: Saving) -> Manifest:
         state, metrics = self._state, {}
         if state.last_loss is not None:
             metrics["loss"] = state.last_loss
         if state.eval_step == state.step and state.eval_loss is not None:
             metrics["eval_loss"] = state.eval_loss
         state = dataclasses.replace(state, consumed=self._loader.consumed(state.samples))
-        what = self._saving.describe(state, metrics)
-        self._saver.save(self._strategy.shards(), what, rng.save(self._comm.device))
-        self._saved_step, self._save_due = state.step, False
-        self._control.saved()
+        return saving.describe(state, metrics)
+
+    def _keep(self, drawn: Mapping[str, bytes]) -> None:
+        """Save the state that the step began with, from whatever thread; `drawn` is that of the random generators."""
+        self._progress.pulse("write", self._state.step, ())
+        self._saver.wait()
+        if self._saving is not None and self._saved_step != self._state.step:
+            self._saver.save_apart(self._strategy.shards(), self._described(self._saving), drawn)
+        saved = self._saver.finished()
+        if saved is not None and self._saving is not None:
+            self._note(saved.line())
+            self._saving.told(saved)
 
     def _hear_all(self) -> None:
         """Collective."""

@@ -38,8 +38,10 @@ class StepResult:
 
 
 def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-               *, lr: float, before: Before | None = None) -> StepResult:  # fmt: skip
-    """Forward and backward over this rank's micro-batches, then one update; `before` sees them first. Collective.
+               *, lr: float, before: Before | None = None,
+               updating: Callable[[], None] = lambda: None) -> StepResult:  # fmt: skip
+    """Forward and backward over this rank's micro-batches, then one update. Collective. `before` sees the micro-batches
+    first; `updating` hears that the update begins.
 
     Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number.
     """
@@ -63,6 +65,7 @@ def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: 
     total, *all_extras = comm.sum([sum(sums), *further_sums])
     if not math.isfinite(total):
         raise NonFiniteError(_blame("loss", batches, sums, comm))
+    updating()
     update = strategy.step(lr)
     if not math.isfinite(update.grad_norm) and not update.skipped:
         raise NonFiniteError(_blame("gradient", batches, sums, comm))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dtrain.config.schema import Config
     from dtrain.engine.build import Built
     from dtrain.engine.engine import Result, Saving
+    from dtrain.engine.rescue import AbstractRescue
     from dtrain.trackers.fan_out import FanOut
 
 
@@ -103,7 +104,8 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         run.event("training", attempt=attempt, step=first)
     try:
         saving = _saving(run, attempt, built, manifest["identity"])
-        result = built.engine.run([trackers], progress, saving, _control(run, config, comm, told))
+        result = built.engine.run([trackers], progress, saving, _control(run, config, comm, told),
+                                  _rescue(run, attempt, config))  # fmt: skip
         if result.stopped is None:
             progress.at("export")
             trackers.note(f"exporting to {run.export}")
@@ -201,6 +203,15 @@ def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]
         guess_s=num_bytes / SLOW_BYTES_PER_S,
         told=lambda saved: _record(run, attempt, saved) if built.comm.rank == 0 else None,
     )
+
+
+def _rescue(run: RunDir, attempt: int, config: Config) -> AbstractRescue:
+    from dtrain.engine.rescue import NO_RESCUE, Rescue
+
+    if config.train.on_oom == "stop":
+        return NO_RESCUE
+    word = run.attempt_dir(attempt) / "out-of-memory.json"
+    return Rescue(word, lambda: bool(run.failures(attempt)), lambda: os._exit(1))
 
 
 def _record(run: RunDir, attempt: int, saved: Saved) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain.runs.files import read_json, write_json
+from dtrain.runs.hints import OUT_OF_MEMORY
 from dtrain.runs.secrets import scrub
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Failure:
     knows."""
     step: int | None
     kind: str
-    """user, worker, hang, nonfinite or storage."""
+    """user, worker, hang, nonfinite, oom or storage."""
     type: str
     """The exception's class, or the signal's name."""
     message: str
@@ -75,9 +76,11 @@ _ABSENT: dict[str, Any] = {"rank": -1, "local_rank": -1, "host": "", "phase": ""
 
 
 def kind_of(exc: BaseException) -> str:
-    """The `kind` of our own errors; storage for a disk that is full or gone; else worker."""
+    """The `kind` of our own errors; storage for a disk that is full or gone; oom where memory ran out; else worker."""
     if isinstance(exc, OSError) and exc.errno in _STORAGE:
         return "storage"
+    if OUT_OF_MEMORY.search(f"{type(exc).__name__}: {exc}"):
+        return "oom"
     kind = getattr(exc, "kind", "worker")
     return kind if isinstance(kind, str) else "worker"
 

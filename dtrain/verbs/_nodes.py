@@ -46,7 +46,7 @@ def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int | None:
         prepared, settled = launch.prepare_all(proposal)
     outcome = launch.train(run, proposal, prepared, settled, leader)
     code = launch.tell(outcome, run)
-    return None if _restart.again(run, outcome, proposal.config.launcher.restarts(), _say) else code
+    return None if _restart.again(run, outcome, settled, _say) else code
 
 
 def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:

@@ -11,9 +11,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtrain.runs.lock import BEAT_S
+from dtrain.verbs import _oom
 from dtrain.verbs._requeue import FAILURES, failed_in_a_row, refusal
 
 if TYPE_CHECKING:
+    from dtrain.config.schema import Config
     from dtrain.config.spec import Restarts
     from dtrain.runs import Outcome, RunDir
 
@@ -26,10 +28,16 @@ def wait_s(first_s: float, failed: int) -> float:
     return min(MOST_S, first_s * 2.0 ** (failed - 1))
 
 
-def again(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callable[[str], None]) -> bool:
-    """Wait, and say that the run is to be started again; False where it is not. A batch script starts its own.
+def again(run: RunDir, outcome: Outcome, settled: Config, say: Callable[[str], None]) -> bool:
+    """Whether the run is to be started again now, once it has waited for that. To be called by the holder of the run's
+    lock.
+    """
+    return _oom.again(run, outcome, settled, say) or after_failure(run, outcome, settled.launcher.restarts(), say)
 
-    To be called by the holder of the run's lock. A signal ends the waiting, and the run.
+
+def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callable[[str], None]) -> bool:
+    """The same of a failure that may not come again; a batch script starts its own. A signal ends the waiting, and the
+    run.
     """
     if os.environ.get("DTRAIN_BATCH") or outcome.kind not in FAILURES or not restarts.most:
         return False

@@ -99,7 +99,7 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
         while True:
             outcome = train(run, proposal, prepared, settled)
             code = tell(outcome, run)
-            if not _restart.again(run, outcome, config.launcher.restarts(), say):
+            if not _restart.again(run, outcome, settled, say):
                 return code
 
 
@@ -155,9 +155,9 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
     from dtrain.config.schema import seconds
     from dtrain.data.tokenizer import tokenizer_digest
     from dtrain.launchers.supervise import deadline_of, supervise
-    from dtrain.verbs import _requeue
+    from dtrain.verbs import _oom, _requeue
 
-    plan = proposal.plan
+    plan, settled = proposal.plan, _oom.fitting(run, settled, say)
     _warn_of_room(run, settled, plan.checkpoint_bytes)
     said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets)
     clean(run)

@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.config.spec import Restarts
 from dtrain.runs import RunDir
-from dtrain.verbs._restart import MOST_S, again, wait_s
+from dtrain.verbs._restart import MOST_S, after_failure, wait_s
 
 
 @pytest.fixture
@@ -26,11 +26,11 @@ def after(run: RunDir, *ends: tuple[str, int], most: int = 3, wait: float = 0.0)
         run.add_attempt(attempt, ended=kind, first_step=step)
     said: list[str] = []
     outcome = run.write_outcome(ends[-1][0], len(ends) - 1)
-    return again(run, outcome, Restarts(most, wait), said.append), "\n".join(said)
+    return after_failure(run, outcome, Restarts(most, wait), said.append), "\n".join(said)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
-    ("worker", True), ("hang", True), ("storage", True), ("launcher", True), ("user", False), ("nonfinite", False),
+    ("worker", True), ("hang", True), ("storage", True), ("launcher", True), ("user", False), ("nonfinite", False), ("oom", False),
     ("stopped", False), ("done", False), ("interrupted", False),
 ])  # fmt: skip
 def test_what_is_started_again(run: RunDir, kind: str, expected: bool) -> None:
