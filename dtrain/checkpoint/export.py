@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +17,27 @@ from dtrain.checkpoint.storage import WEIGHT, Reader
 from dtrain.errors import ExportError
 from dtrain.folders import discard, whole_folder
 from dtrain.models.assets import copy_assets
+from dtrain.models.base import AbstractWeights
 
 LARGEST_FP16 = 65504.0
+ADAPTER, BASE = "adapter_config.json", "base.json"
 Tensors = tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, torch.Tensor]]]
 """Shapes by name, and the tensors one at a time in the same order: each is gone when the next is asked for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Adapter:
+    """What the folder of an adapter says of it and of the model that it goes with."""
+
+    config: Mapping[str, Any]
+    """Of the adapter, as peft has it, but for where the model is."""
+    base: Mapping[str, Any]
+    """The model's `path`, `revision`, and `xxh3` of its weights."""
+
+    def write(self, folder: Path) -> None:
+        where = {"base_model_name_or_path": self.base["path"], "revision": self.base["revision"]}
+        for name, said in ((ADAPTER, {**self.config, **where}), (BASE, self.base)):
+            (folder / name).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
 
 
 def write_export(
@@ -29,19 +48,51 @@ def write_export(
     assets: Path,
     dtype: str,
     max_shard_bytes: float,
-    name_of: Callable[[str], str] = str,
+    adapter: Adapter | None = None,
 ) -> None:
     """Write `tensors`, which come one at a time in the order of `shapes`, and only then put `to` in place.
+
+    `adapter`: what a folder that peft loads says of it; None writes one that transformers loads.
 
     Memory is bounded by the largest tensor. An export that is there is replaced.
     """
     with whole_folder(to) as partial:
-        _copy_assets(assets, partial, dtype)
-        _write_tensors(
-            tensors, {name_of(name): shape for name, shape in shapes.items()}, partial, dtype, max_shard_bytes, name_of
-        )
+        if adapter is None:
+            _copy_assets(assets, partial, dtype)
+            _write_tensors(tensors, shapes, partial, "model", dtype, max_shard_bytes)
+        else:
+            copy_assets(assets, partial, but={"config.json", "generation_config.json"})
+            _write_tensors(tensors, shapes, partial, "adapter_model", dtype, math.inf)
+            adapter.write(partial)
+        check_export(partial, shapes)
         if to.exists():
             discard(to)
+
+
+def with_frozen(tensors: Iterator[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]],
+                base: AbstractWeights) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """Trained parameters, which come in the order of `shapes`, and between them those that were not trained: as they
+    were read, since what is computed with may be rounded.
+    """
+    trained = next(tensors, None)
+    for name, shape in shapes.items():
+        if trained is not None and trained[0] == name:
+            yield trained
+            trained = next(tensors, None)
+        else:
+            yield name, base.read(name, 0, math.prod(shape)).float().view(shape)
+    assert trained is None, trained
+
+
+def check_export(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Read back what the files say that they hold. Raises ExportError."""
+    found = {
+        name: entry.shape for file in folder.glob("*.safetensors") for name, (entry, _) in read_header(file).items()
+    }
+    wrong = [f"{name}: {found.get(name, 'not there')} instead of {shape}" for name, shape in shapes.items()
+             if found.get(name) != shape]  # fmt: skip
+    if wrong or not found:
+        raise ExportError(f"{folder}: not what was to be written: {'; '.join(wrong[:5]) or 'no tensor'}")
 
 
 def read_export(folder: Path) -> Tensors:
@@ -110,15 +161,15 @@ def _write_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
     folder: Path,
+    stem: str,
     dtype: str,
     max_shard_bytes: float,
-    name_of: Callable[[str], str],
 ) -> None:
     files = plan_shards(shapes, dtype, max_shard_bytes)
     titles = (
-        ["model.safetensors"]
+        [f"{stem}.safetensors"]
         if len(files) == 1
-        else [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        else [f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     )
     source = iter(tensors)
     for title, names in zip(titles, files, strict=True):
@@ -127,7 +178,7 @@ def _write_tensors(
             name, tensor = next(source)
             if dtype == "fp16" and bool((tensor.abs() > LARGEST_FP16).any()):
                 raise ExportError(f"{name}: has elements beyond {LARGEST_FP16:,.0f}, the largest of fp16; use bf16")
-            writer.write(name_of(name), tensor)
+            writer.write(name, tensor)
         writer.close()
     assert next(source, None) is None, "more tensors than were announced"
     if len(files) > 1:
@@ -136,7 +187,7 @@ def _write_tensors(
             "metadata": {"total_size": total},
             "weight_map": {n: title for title, names in zip(titles, files, strict=True) for n in names},
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _copy_assets(assets: Path, folder: Path, dtype: str) -> None:

@@ -18,9 +18,10 @@ _NO_MATHEMATICS = {"transformers_version", "_name_or_path", "dtype", "torch_dtyp
 """Of a model's config.json."""
 
 
-def identity(config: Config, *, data: str, tokenizer: str, assets: Path) -> dict[str, Any]:
-    """By the keys that a user knows. Of a settled configuration; `data` and `tokenizer` are digests of their content,
-    so that it does not matter where files lie. Not in it: strategy, ranks, micro-batch, device, logging, places.
+def identity(config: Config, *, data: str, tokenizer: str, assets: Path, base: str | None = None) -> dict[str, Any]:
+    """By the keys that a user knows. Of a settled configuration; `data`, `tokenizer` and `base`, of the weights that
+    stay as they are, are digests of their content, so that it does not matter where files lie. Not in it: strategy,
+    ranks, micro-batch, device, logging, places.
     """
     plain = frozen.to_plain(config)
     said: dict[str, Any] = {}
@@ -29,7 +30,7 @@ def identity(config: Config, *, data: str, tokenizer: str, assets: Path) -> dict
     said |= {f"{section}.{key}": plain[section][key] for section, key in _KEYS}
     model = json.loads((assets / "config.json").read_text(encoding="utf-8"))
     said |= dict(_flat("model", {key: value for key, value in model.items() if key not in _NO_MATHEMATICS}))
-    return {**said, "data": data, "tokenizer": tokenizer}
+    return {**said, "data": data, "tokenizer": tokenizer, **({} if base is None else {"base": base})}
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -63,6 +63,9 @@ class Manifest:
     """The settled configuration: for people, never resolved."""
     made_by: Mapping[str, Any]
     """Strategy, number of ranks, attempt, versions, time."""
+    base: Mapping[str, Any] | None = None
+    """Of the weights that are not trained and so not here: `path`, `revision`, and `xxh3` of their content. None where
+    all are here."""
     files: Mapping[str, File] = dataclasses.field(default_factory=dict)
 
     @property

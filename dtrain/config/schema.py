@@ -82,6 +82,9 @@ class Train:
     """Largest global gradient norm; 0 is off."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: far less memory, about a third more time."""
+    unmoved: Literal["refuse", "allow"] = "refuse"
+    """Whether a run may go on whose first step gave a parameter that is to be trained no gradient, or changed one that
+    is not."""
     on_oom: Literal["stop", "smaller_micro_batch"] = "stop"
     """Where memory runs out in a step: end the run, or do that step again in micro-batches of half the size, and go on
     with those. The global batch stays as it is."""

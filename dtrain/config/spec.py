@@ -271,13 +271,38 @@ class TemplateSpec(AbstractSpec):
 class TuningSpec(AbstractSpec):
     group = "tuning"
 
+    lr_scale: ClassVar[float] = 1.0
+    """What `optim.lr=auto` is multiplied by."""
+
     @abstractmethod
-    def apply(self, bundle: ModelBundle) -> ModelBundle:
-        """Choose what is trained (`requires_grad`), and add what the method adds. The module is on meta."""
+    def apply(self, bundle: ModelBundle, *, seed: int) -> ModelBundle:
+        """Choose what is trained (`requires_grad`), and add what the method adds. The module is on meta. Raises
+        ModelError.
+        """
 
     @abstractmethod
     def num_trainable(self, figures: Figures) -> int:
         """Parameters that get a gradient; for the memory table."""
+
+    def num_frozen(self, figures: Figures) -> int:
+        """Parameters that get none."""
+        return figures.num_params - self.num_trainable(figures)
+
+    def keeps(self) -> bool:
+        """Whether parameters of the model stay as they are: it is then named in every checkpoint, by its content."""
+        return True
+
+    def misfits(self, strategy: StrategySpec, precision: str, device: Device) -> list[str]:
+        """Why it cannot be used so, each as `key: value, reason, way out`; none as a rule."""
+        return []
+
+    def lr_factor(self, name: str) -> float:
+        """What the learning rate is multiplied by for the parameter of this name."""
+        return 1.0
+
+    def moves_first(self, name: str) -> bool:
+        """Whether the trained parameter of this name gets a gradient in the very first step."""
+        return True
 
 
 class OptimSpec(AbstractSpec):
@@ -293,8 +318,12 @@ class OptimSpec(AbstractSpec):
     """The tensors of that state, by the optimizer's own names; besides them only a count of its steps may be kept."""
 
     @abstractmethod
-    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """The optimizer over these parameters, in groups with and without decay."""
+    def build(
+        self, named: Iterable[tuple[str, nn.Parameter]], lr_factor: Callable[[str], float] = lambda name: 1.0
+    ) -> torch.optim.Optimizer:
+        """The optimizer over those of these parameters that are trained, in groups with and without decay; each group
+        says as `lr_factor` what the learning rate of a step is multiplied by for it.
+        """
 
 
 class ScheduleSpec(AbstractSpec):

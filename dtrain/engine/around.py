@@ -41,8 +41,9 @@ def around(  # noqa: PLR0913 - it is all that there is
 ) -> Around:
     assert config.batch.global_batch is not None
     assert config.batch.micro_batch != "auto"
+    base = bundle.adapter.switched_off if bundle.adapter is not None and bundle.adapter.pure else None
     return Around(
-        module=strategy.module, comm=comm, base=bundle.base, copy=lambda: _copy(config, bundle.assets, comm.device),
+        module=strategy.module, comm=comm, base=base, copy=lambda: _copy(config, bundle.assets, comm.device),
         rows=rows, batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size), pad_id=pad_id,
         start=lambda: start_digest(config, bundle.assets), cache=cache, resumed=resumed, say=say, at=at,
     )  # fmt: skip

@@ -11,16 +11,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.checkpoint.export import write_export
+from dtrain.checkpoint.export import Adapter, with_frozen, write_export
 from dtrain.checkpoint.manifest import Manifest, Parameter
 from dtrain.checkpoint.storage import WEIGHT, file_name
+from dtrain.checkpoint.tuned import base_of
 from dtrain.config import frozen
 from dtrain.data.collate import collate
 from dtrain.engine import rng
 from dtrain.engine.around import around
 from dtrain.engine.engine import Course, Engine
+from dtrain.engine.proof import Proof
 from dtrain.engine.state import State
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain.errors import CheckpointError
 from dtrain.models.base import AbstractWeights
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
@@ -49,7 +51,7 @@ class Built:
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter, whole, in the module's order."""
     parameters: dict[str, Parameter]
-    """The same, as a checkpoint tells it."""
+    """Those that are trained, as a checkpoint tells of them."""
     tied: dict[str, str]
 
     def describe(self, identity: Mapping[str, Any], made_by: Mapping[str, Any]) -> Callable[..., Manifest]:
@@ -63,48 +65,64 @@ class Built:
             return Manifest(
                 step=state.step, progress=state.as_dict(), counters=counters, parameters=parameters, tied=self.tied,
                 metrics=metrics, identity=identity, config=plain, made_by={**made_by, "time": utc()},
+                base=self.base(identity.get("base")),
             )  # fmt: skip
 
         return manifest
+
+    def base(self, digest: str | None) -> dict[str, Any] | None:
+        """What is said of the weights that stay as they are; None where all are trained."""
+        if len(self.parameters) == len(self.shapes):
+            return None
+        return base_of(self.config.model, digest, adapter=self.bundle.adapter is not None)
 
     @property
     def lines(self) -> list[str]:
         """What runs, in words."""
         num = sum(math.prod(shape) for shape in self.shapes.values())
+        trained = sum(math.prod(one.shape) for one in self.parameters.values())
+        of = "" if trained == num else f", of which {trained:,} are trained ({100 * trained / num:.3g} %)"
         batch = BatchPlan(self.config.batch.global_batch or 0, int(self.config.batch.micro_batch), self.comm.size)
         return [
-            f"{num / 1e6:,.1f} M parameters on {self.comm.size} {self.config.device} ranks, "
+            f"{num / 1e6:,.1f} M parameters{of} on {self.comm.size} {self.config.device} ranks, "
             f"{self.config.train.precision}",
             batch.describe(),
         ]
 
-    def export(self, to: Path, mark: Callable[[], None] = lambda: None) -> None:
-        """Write the full weights with config and tokenizer. Collective: rank 0 writes, one tensor at a time; `mark`
-        hears of each.
+    def export(self, to: Path, digest: str | None = None, mark: Callable[[], None] = lambda: None) -> None:
+        """Write the weights with config and tokenizer: of the whole model, or of an adapter alone. Collective: rank 0
+        writes, one tensor at a time. `digest`: of the weights that stay as they are. `mark` hears of each tensor.
         """
-        tensors = _in_step(self.strategy.full_state(), self.comm, mark)
+        tensors = _in_step(self.strategy.full_state(self.parameters), self.comm, mark)
         if self.comm.rank != 0:
             for _ in tensors:
                 pass
             return
         assert self.config.export.dtype != "auto"
-        write_export(
-            tensors,
-            self.shapes,
-            to,
-            assets=self.bundle.assets,
-            dtype=self.config.export.dtype,
-            max_shard_bytes=self.config.export.max_shard_gb * 1e9,
-            name_of=self.bundle.export_name,
-        )
+        how: dict[str, Any] = {"assets": self.bundle.assets, "dtype": self.config.export.dtype,
+                               "max_shard_bytes": self.config.export.max_shard_gb * 1e9}  # fmt: skip
+        adapter = self.bundle.adapter
+        if adapter is not None:
+            learned = dict(tensors)
+            write_export(adapter.tensors(learned.__getitem__), adapter.shapes(), to, **how,
+                         adapter=Adapter(adapter.config, self.base(digest) or {}))  # fmt: skip
+            return
+        name_of = self.bundle.export_name
+        whole = with_frozen(tensors, self.shapes, self.bundle.weights)
+        write_export(((name_of(name), tensor) for name, tensor in whole),
+                     {name_of(name): shape for name, shape in self.shapes.items()}, to, **how)  # fmt: skip
 
 
 @final
 class _FromCheckpoint(AbstractWeights):
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    """What is trained; the rest is the model's own."""
+
+    def __init__(self, reader: Reader, base: AbstractWeights) -> None:
+        self._reader, self._base = reader, base
 
     def read(self, name: str, start: int, numel: int) -> torch.Tensor:
+        if name not in self._reader.manifest.parameters:
+            return self._base.read(name, start, numel)
         out = torch.empty(numel)
         self._reader.read_into(name, WEIGHT, start, out)
         return out
@@ -130,20 +148,18 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     assert config.batch.micro_batch != "auto"
     assert config.optim.lr != "auto"
     torch.manual_seed(config.run.seed)
-    bundle = config.tuning.apply(config.model.build(assets, seed=config.run.seed))
+    bundle = config.tuning.apply(config.model.build(assets, seed=config.run.seed), seed=config.run.seed)
     if config.train.activation_checkpointing:
         for block in bundle.blocks:
             recompute(block)
-    shapes = {name: tuple(param.shape) for name, param in bundle.module.named_parameters()}
-    optim = Optim(config.optim, config.train.precision, config.train.grad_clip)
-    frozen = [name for name, param in bundle.module.named_parameters() if not param.requires_grad]
-    if frozen:
-        raise DtrainError(f"tuning: strategies load trained parameters only so far, and {frozen[0]} is frozen")
+    named = dict(bundle.module.named_parameters())
+    shapes = {name: tuple(param.shape) for name, param in named.items()}
+    optim = Optim(config.optim, config.train.precision, config.train.grad_clip, config.tuning.lr_factor)
     parameters = {name: Parameter(shape, (WEIGHT, *config.optim.state_names), bundle.export_name(name))
-                  for name, shape in shapes.items()}  # fmt: skip
+                  for name, shape in shapes.items() if named[name].requires_grad}  # fmt: skip
     if resume is not None:
         _check_fits(resume, parameters)
-        bundle = dataclasses.replace(bundle, weights=_FromCheckpoint(resume))
+        bundle = dataclasses.replace(bundle, weights=_FromCheckpoint(resume, bundle.weights))
     strategy = config.strategy.build(world, comm, optim)
     strategy.wrap(bundle)
     state = State() if resume is None else _restore(strategy, resume)
@@ -156,7 +172,9 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
         pad_id=pad_id,
         eval_every=config.eval.every_steps,
         eval_max_rows=config.eval.max_rows,
-        flops_per_token=config.model.figures().flops_per_token(config.dataset.max_length),
+        flops_per_token=config.model.figures().flops_per_token(
+            config.dataset.max_length, sum(math.prod(one.shape) for one in parameters.values())
+        ),
         peak_flops=_peak(comm.device, config.train.precision),
         collate=config.objective.collator() or collate,
         metrics=config.objective.metrics,
@@ -171,8 +189,10 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     rng.seed(config.run.seed + 1 + comm.rank + state.step * 2**20)
     if resume is not None and resume.manifest.made_by.get("size") == comm.size:
         rng.load(resume.blobs(file_name(comm.rank)), comm.device)
-    engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin)
-    tied = _tied(bundle.module, list(shapes))
+    unproven = config.train.unmoved == "allow" or config.strategy.unsavable() is not None
+    proof = None if unproven else Proof(strategy, comm, list(parameters), config.tuning.moves_first)
+    engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof)
+    tied = _tied(bundle.module, list(parameters))
     return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied)
 
 

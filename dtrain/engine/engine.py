@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dtrain.config.spec import ScheduleSpec
     from dtrain.data.batch import Batch
     from dtrain.data.store import AbstractStore
+    from dtrain.engine.proof import Proof
     from dtrain.engine.state import Progress
     from dtrain.objectives.base import Before, Loss
     from dtrain.plan.batch import BatchPlan
@@ -89,12 +90,14 @@ class Result:
 
 @final
 class Engine:
-    def __init__(self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
+    def __init__(  # noqa: PLR0913 - all that is live comes together here
+                 self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
                  rows: tuple[AbstractStore, AbstractStore], *, state: State | None = None,
-                 begin: Begin = lambda say, at: None) -> None:  # fmt: skip
+                 begin: Begin = lambda say, at: None, proof: Proof | None = None) -> None:  # fmt: skip
         """`state`: where to go on from; `begin` is called before the first step, and makes what sees the micro-batches
         of each before their losses.
         """
+        self._proof, self._moved = proof, state is not None and state.step > 0
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows
         self._state = state or State()
@@ -132,6 +135,8 @@ class Engine:
             self._save()
         self._hear_all()
         rescue.end()
+        if self._proof:
+            self._proof.kept()
         stopped = self._stop and (self._state.step < course.steps or self._eval_due())
         return Result(self._state, why(self._stop) if stopped else None)
 
@@ -151,6 +156,9 @@ class Engine:
         except Exception as error:
             self._rescue.failed(error)
             raise
+        if self._proof and not self._moved and not result.skipped:
+            self._proof.moved()
+            self._moved = True
         self._state = state = dataclasses.replace(
             state, step=state.step + 1, samples=state.samples + course.batch.global_batch,
             tokens=state.tokens + result.num_tokens, targets=state.targets + result.num_targets,

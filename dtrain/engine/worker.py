@@ -109,7 +109,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         if result.stopped is None:
             progress.at("export")
             trackers.note(f"exporting to {run.export}")
-            built.export(run.export, lambda: progress.at("export"))
+            built.export(run.export, manifest["identity"].get("base"), lambda: progress.at("export"))
         comm.barrier()
     except BaseException as error:
         # Before the trackers finish, which may take a while; the first record stays.

@@ -92,7 +92,11 @@ def build_causal(
     module = CausalLM(model, Head(linear, logits), head_name)
     assert {key for key, _ in module.named_parameters()} == set(shapes), "the wrapper must keep the names"
     module.train()
-    return ModelBundle(module=module, blocks=blocks, weights=weights, export_name=str, assets=assets)
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, nn.Parameter), type(embedding)
+    assert isinstance(linear.weight, nn.Parameter), type(linear.weight)
+    return ModelBundle(module=module, blocks=blocks, weights=weights, export_name=str, assets=assets,
+                       embedding=embedding, head=linear.weight)  # fmt: skip
 
 
 def _on_meta(assets: Path, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:

@@ -176,7 +176,7 @@ class FreshWeights(AbstractWeights):
             name: nn.Parameter(torch.zeros(p.shape, dtype=torch.float32), requires_grad=False)
             for name, p in module.named_parameters(recurse=False)
         }
-        with _replaced(module, values), _seeded(self._seed, owner), torch.no_grad():
+        with _replaced(module, values), seeded(self._seed, owner), torch.no_grad():
             for i, holder in enumerate(chain):
                 _rules_of(chain[i:])._init_weights(holder)
         return {name: value.data for name, value in values.items()}
@@ -207,8 +207,8 @@ def _replaced(module: nn.Module, values: Mapping[str, nn.Parameter]) -> Iterator
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, name: str) -> Iterator[None]:
-    """The CPU's generator seeded by both, and put back; the rules know no other generator."""
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """The CPU's generator seeded by both, and put back: rules for fresh values know no other generator."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     state = torch.random.get_rng_state()
     torch.random.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

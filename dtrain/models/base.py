@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,37 @@ class AbstractWeights(ABC):
         """
 
 
+class AbstractAdapter(ABC):
+    """What a tuning has added to a model that is itself left as it is."""
+
+    config: Mapping[str, Any]
+    """Of `adapter_config.json`, but for where the model is."""
+    pure: bool
+    """Whether the model itself is left as it is: nothing of it is trained beside what was added."""
+
+    @abstractmethod
+    def switched_off(self) -> AbstractContextManager[None]:
+        """The model gives what it gave before anything was added. Only where it is `pure`."""
+
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of what a file with this adapter alone holds, by its names there."""
+
+    @abstractmethod
+    def tensors(self, value: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same in fp32, in the same order. `value`: as for `merged`."""
+
+    @abstractmethod
+    def merged_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every parameter of the model, by its name in an exported folder, in its order."""
+
+    @abstractmethod
+    def merged(self, value: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of the model with what was learned worked into it, in fp32, one at a time, named as
+        `merged_shapes`. `value`: of a parameter of the module with its additions, whole, by its name.
+        """
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelBundle:
     module: nn.Module
@@ -35,5 +67,9 @@ class ModelBundle:
     """The name of a parameter in the exported folder."""
     assets: Path
     """Config and tokenizer files that an export copies."""
-    base: Callable[[], AbstractContextManager[None]] | None = None
-    """Inside it the module computes what it did before tuning; None where tuning changes its own weights."""
+    embedding: nn.Parameter | None = None
+    """Of tokens, (vocabulary, hidden); None for a model that has none."""
+    head: nn.Parameter | None = None
+    """The projection to the vocabulary, (vocabulary, hidden): the embedding itself where the model ties them."""
+    adapter: AbstractAdapter | None = None
+    """None where nothing was added; else an export is of what was added alone, and `export_name` names it in there."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -29,16 +29,20 @@ class AdamW(OptimSpec):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """For tensors of two and more dimensions; biases and norms never decay."""
 
-    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    def build(
+        self, named: Iterable[tuple[str, nn.Parameter]], lr_factor: Callable[[str], float] = lambda name: 1.0
+    ) -> torch.optim.Optimizer:
         import torch
 
         assert self.lr != "auto", "the plan settles it"
-        trained = [param for _, param in named if param.requires_grad]
-        groups = [
-            {"params": [p for p in trained if _ndim(p) >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if _ndim(p) < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, param in named:
+            if not param.requires_grad:
+                continue
+            decay = self.weight_decay if _ndim(param) >= 2 else 0.0
+            alike.setdefault((lr_factor(name), decay), []).append(param)
+        groups = [{"params": params, "weight_decay": decay, "lr_factor": factor}
+                  for (factor, decay), params in alike.items()]  # fmt: skip
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 

@@ -28,7 +28,8 @@ def describe(config: Config, plan: Plan) -> str:
 def _settled(config: Config, plan: Plan) -> list[str]:
     f, t, train = plan.figures, plan.topology, config.train
     num_trained = config.tuning.num_trainable(f)
-    trained = "all trained" if num_trained == f.num_params else f"{num_trained / 1e6:,.1f} M trained"
+    kept = config.tuning.num_frozen(f)
+    trained = f"{num_trained / 1e6:,.1f} M trained ({_name(config.tuning)})" if kept else "all trained"
     about = ", counted as a Llama of these sizes" if f.estimate else ""
     packed = "packed" if config.dataset.packing else "one document each"
     steps = (

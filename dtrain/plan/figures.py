@@ -104,11 +104,13 @@ class Figures:
             estimate=kind not in _FAMILIES,
         )
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: int, num_trained: int | None = None) -> float:
         """Model FLOPs of forward and backward for one token in a row of `length`: 6 N + 12 L d s, counting full
-        attention and no recomputation (PaLM, arXiv 2204.02311, appendix B; d is heads x head_dim).
+        attention and no recomputation (PaLM, arXiv 2204.02311, appendix B; d is heads x head_dim). A third of the 6 are
+        gradients of weights, which only those that are trained have.
         """
-        return 6.0 * self.num_params + 12.0 * self.layers * self.heads * self.head_dim * length
+        trained = self.num_params if num_trained is None else num_trained
+        return 4.0 * self.num_params + 2.0 * trained + 12.0 * self.layers * self.heads * self.head_dim * length
 
 
 def _block_params(config: Mapping[str, Any], family: _Family, hidden: int, query: int, key: int) -> int:

@@ -30,6 +30,12 @@ class Need:
     state_bytes: int
     """Optimizer state per trainable parameter, master weights not counted."""
     topology: Topology
+    num_frozen: int = 0
+    """Parameters that are not trained, kept in the precision of forward and backward."""
+
+    @property
+    def num_params(self) -> int:
+        return self.num_trainable + self.num_frozen
 
     @property
     def compute_bytes(self) -> int:

@@ -65,11 +65,13 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     notes: list[str] = []
     device = settle_device(config, machine)
     figures = config.model.figures()
+    precision = _precision(config, device, machine, notes)
     problems = [*_check_length(config, figures), *_check_precision(config, device), *_check_tokens(config),
                 *config.strategy.misfits(topology, device)]  # fmt: skip
+    if not config.strategy.candidates():
+        problems += config.tuning.misfits(config.strategy, precision, device)
     if problems:
         raise PlanError.of(problems)
-    precision = _precision(config, device, machine, notes)
     global_batch = _global_batch(config)
     capacity, known = _capacity(config, device, machine, topology)
     if not known:
@@ -78,10 +80,12 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
         notes.append(
             f"schedule.warmup_steps={config.schedule.warmup_steps}: all {config.train.steps} steps are warm-up"
         )
-    need = Need(figures, config.tuning.num_trainable(figures), precision, config.optim.state_bytes, topology)
+    need = Need(figures, config.tuning.num_trainable(figures), precision, config.optim.state_bytes, topology,
+                config.tuning.num_frozen(figures))  # fmt: skip
     room = _Room(config, need, device, capacity, global_batch)
     concrete = {key: one for key, one in strategies.items()
-                if not one.candidates() and not one.misfits(topology, device)}  # fmt: skip
+                if not one.candidates() and not one.misfits(topology, device)
+                and not config.tuning.misfits(one, precision, device)}  # fmt: skip
     if not config.strategy.candidates():
         concrete[name] = config.strategy
     chosen, micro = _choose(config, name, concrete, room, notes)
@@ -208,8 +212,10 @@ def _lr(config: Config, notes: list[str]) -> float:
     if config.optim.lr != "auto":
         return config.optim.lr
     trained = config.model.trained()
-    lr = config.optim.tuning_lr if trained else config.optim.fresh_lr
-    notes.append(f"optim.lr=auto takes {lr:g}: the weights {'come trained' if trained else 'are fresh'}")
+    scale = config.tuning.lr_scale
+    lr = (config.optim.tuning_lr if trained else config.optim.fresh_lr) * scale
+    for_tuning = "" if scale == 1.0 else f", times {scale:g} for tuning={type(config.tuning).__name__.lower()}"
+    notes.append(f"optim.lr=auto takes {lr:g}: the weights {'come trained' if trained else 'are fresh'}{for_tuning}")
     return lr
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, final
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from dtrain.models.base import ModelBundle
 from dtrain.strategies._place import clip_factor, fill, make_state, materialise, squared_norm, updates_of
-from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
+from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World
@@ -28,8 +28,9 @@ class _DDP(AbstractStrategy):
     def wrap(self, bundle: ModelBundle) -> None:
         materialise(bundle.module, self._device, torch.float32)
         self._named = dict(bundle.module.named_parameters())
-        self._optimizer = self._optim.spec.build(self._named.items())
+        self._optimizer = self._optim.build(self._named.items())
         fill(self.shards(), bundle.weights)
+        fill(self.frozen_shards(), bundle.weights)
         self.module = bundle.module
         if self._world.size > 1:
             self.module = nn.parallel.DistributedDataParallel(
@@ -78,8 +79,7 @@ class _DDP(AbstractStrategy):
         if math.isfinite(norm):
             if (factor := clip_factor(norm, self._optim.grad_clip)) < 1.0:
                 torch._foreach_mul_(grads, factor)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self._optimizer, lr)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=self._world.size == 1)
         return Update(norm)
@@ -92,6 +92,11 @@ class _DDP(AbstractStrategy):
                 views |= {key: one.view(-1) for key, one in state.items() if one.shape == param.shape}
                 yield Shard(name, tuple(param.shape), 0, views, self._world.rank, self._world.size)
 
+    def frozen_shards(self) -> Iterator[Shard]:
+        for name, param in self._named.items():
+            if not param.requires_grad:
+                yield Shard(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
+
     def counters(self) -> dict[str, float]:
         return {"updates": updates_of(self._optimizer)}
 
@@ -102,6 +107,8 @@ class _DDP(AbstractStrategy):
     def refresh(self) -> None:
         """Nothing: the parameters are the masters."""
 
-    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_state(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         for name, param in self._named.items():
+            if names is not None and name not in names:
+                continue
             yield name, param.detach().cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, final
 
@@ -17,8 +17,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.errors import PlanError
 from dtrain.models.base import ModelBundle
-from dtrain.strategies._place import LossScale, clip_factor, fill, make_state, squared_norm, updates_of
-from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
+from dtrain.strategies._place import LossScale, clip_factor, fill, make_state, recast_frozen, squared_norm, updates_of
+from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World
@@ -40,6 +40,7 @@ class _FSDP2(AbstractStrategy):
         self._scale = LossScale(enabled=optim.precision == "fp16")
 
     def wrap(self, bundle: ModelBundle) -> None:
+        recast_frozen(bundle.module, _COMPUTE[self._optim.precision])
         policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[self._optim.precision], reduce_dtype=torch.float32)
         for block in bundle.blocks:
             fully_shard(block, mesh=self._mesh, mp_policy=policy, reshard_after_forward=self._reshard)
@@ -59,8 +60,9 @@ class _FSDP2(AbstractStrategy):
             assert isinstance(param, DTensor), name
             self._named[name] = param
             self._pieces[name] = nn.Parameter(param.to_local().detach(), param.requires_grad)
-        self._optimizer = self._optim.spec.build(self._pieces.items())
+        self._optimizer = self._optim.build(self._pieces.items())
         fill(self.shards(), bundle.weights)
+        fill(self.frozen_shards(), bundle.weights)
 
     def micro(self, *, sync: bool) -> AbstractContextManager[None]:
         # Gradients are divided after every micro-batch: whole ones would be the memory that sharding is to save. What
@@ -88,8 +90,7 @@ class _FSDP2(AbstractStrategy):
             factor = clip_factor(norm, self._optim.grad_clip) / scale
             if factor != 1.0:
                 torch._foreach_mul_(grads, factor)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self._optimizer, lr)
             self._optimizer.step()
         skipped = self._scale.update(norm)
         self._optimizer.zero_grad()
@@ -97,9 +98,15 @@ class _FSDP2(AbstractStrategy):
         return Update(norm, skipped)
 
     def shards(self) -> Iterator[Shard]:
+        return self._shards(trained=True)
+
+    def frozen_shards(self) -> Iterator[Shard]:
+        return self._shards(trained=False)
+
+    def _shards(self, *, trained: bool) -> Iterator[Shard]:
         for name, param in self._named.items():
             piece = self._pieces[name]
-            if not piece.requires_grad:
+            if piece.requires_grad != trained:
                 continue
             assert piece.data_ptr() == param.to_local().data_ptr(), f"{name} was moved in memory"
             _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -123,7 +130,9 @@ class _FSDP2(AbstractStrategy):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_state(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         for name, param in self._named.items():
+            if names is not None and name not in names:
+                continue
             full = param.full_tensor()
             yield name, full.detach().float().cpu()

@@ -31,6 +31,17 @@ def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype,
             owner._buffers[name] = buffer.to(device)
 
 
+def recast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Have parameters on meta that are not trained in `dtype`; what is trained stays fp32."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            if not old.requires_grad and old.dtype != dtype:
+                if old not in made:
+                    made[old] = nn.Parameter(torch.empty_like(old, dtype=dtype), requires_grad=False)
+                owner._parameters[name] = made[old]
+
+
 def fill(shards: Iterable[Shard], weights: AbstractWeights) -> None:
     """Read into every shard's `weight` what the model's own files or fresh values say."""
     with torch.no_grad():

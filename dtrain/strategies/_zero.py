@@ -4,7 +4,8 @@ Internals used, with the version that they were read in (0.19): `_hp_mapping`, `
 `fp32_partitioned_groups_flat`, `fp16_partitioned_groups_flat`, `single_partition_of_fp32_groups`,
 `fp32_groups_flat_partition`, `update_lp_params`, `_unflatten_partitioned_parameters`, `invalidate_secondary_tensor`,
 `persistent_parameters`, `grad_partitions_flat_buffer`, `_lazy_init_hp_params_optimizer_state`,
-`_hp_optimizer_states_linked`, `ops.__compatible_ops__`, `zero.Init._convert_to_zero_parameters`.
+`_hp_optimizer_states_linked`, `parameter_offload.partition_all_parameters`, `ops.__compatible_ops__`,
+`zero.Init._convert_to_zero_parameters`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
@@ -23,7 +24,7 @@ from torch import nn
 
 from dtrain.models.base import AbstractWeights, ModelBundle
 from dtrain.strategies._place import fill, make_state, materialise, updates_of
-from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update
+from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World
@@ -46,7 +47,7 @@ class _ZeRO(AbstractStrategy):
             self._partition(module, bundle.weights, config, dtype)
         else:
             materialise(module, self._device, dtype)
-        optimizer = self._optim.spec.build(module.named_parameters())
+        optimizer = self._optim.build(module.named_parameters())
         engine, zero, *_ = self._deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -54,6 +55,7 @@ class _ZeRO(AbstractStrategy):
         self._named = dict(module.named_parameters())
         if not self._on_nvme:
             fill(self.shards(), bundle.weights)
+            fill(self.frozen_shards(), bundle.weights)
             self.refresh()
 
     def _partition(
@@ -79,8 +81,7 @@ class _ZeRO(AbstractStrategy):
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> Update:
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        set_lr(self._zero, lr)
         try:
             self._engine.step()
         except Exception as error:  # DeepSpeed has no class of its own for it
@@ -110,13 +111,30 @@ class _ZeRO(AbstractStrategy):
                 if shard is not None:
                     yield shard
 
+    def frozen_shards(self) -> Iterator[Shard]:
+        assert not self._on_nvme, "parameters on NVMe have no live views"
+        param: Any
+        for name, param in self._named.items():
+            if param.requires_grad:
+                continue
+            if self._spec.stage != 3:
+                yield Shard(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
+                continue
+            start, numel = self._own(param)
+            yield Shard(name, tuple(param.ds_shape), start, {"weight": param.ds_tensor.detach().narrow(0, 0, numel)})
+
+    @staticmethod
+    def _own(param: Any) -> tuple[int, int]:
+        """Start and length of this rank's part of a divided parameter, without the padding at its end."""
+        rank = dist.get_rank(param.ds_process_group)  # noqa: TID251
+        start = min(rank * param.partition_numel(), param.ds_numel)
+        return start, max(0, min(param.partition_numel(), param.ds_numel - start))
+
     def _divided(self, name: str, param: Any) -> Shard:
         zero = self._zero
         group, offset, _ = zero.grad_position[zero.get_param_id(param)]
         flat = zero.fp32_partitioned_groups_flat[group]
-        rank = dist.get_rank(param.ds_process_group)  # noqa: TID251
-        start = min(rank * param.partition_numel(), param.ds_numel)
-        numel = max(0, min(param.partition_numel(), param.ds_numel - start))
+        start, numel = self._own(param)
         state = zero.optimizer.state.get(flat, {})
         views = {"weight": flat.detach().narrow(0, offset, numel)}
         views |= {key: one.narrow(0, offset, numel) for key, one in state.items() if _shaped(one, flat)}
@@ -165,10 +183,15 @@ class _ZeRO(AbstractStrategy):
             kept[0].partition(kept)
             kept[0].all_gather(kept)
 
-    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_state(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if self._spec.stage == 3:
+            # A forward fetches ahead, and what it fetched last nobody may have waited for.
+            self._zero.parameter_offload.partition_all_parameters()
         for name, param in self._named.items():
+            if names is not None and name not in names:
+                continue
             full = safe_get_full_fp32_param(param) if param.requires_grad else None
             if full is None:
                 with self._deepspeed.zero.GatheredParameters([param], enabled=self._spec.stage == 3):

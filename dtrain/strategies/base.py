@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -27,6 +27,16 @@ class Optim:
     """Of forward and backward. Masters, gradient sums over micro-batches and ranks, and optimizer state are fp32."""
     grad_clip: float
     """Largest global gradient norm; 0 is off."""
+    lr_factor: Callable[[str], float] = lambda name: 1.0
+    """Of a parameter by its name: what the learning rate of a step is multiplied by for it."""
+
+    def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return self.spec.build(named, self.lr_factor)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +94,12 @@ class AbstractStrategy(ABC):
         """What this rank owns of every trainable parameter, to save and to load; not where the spec is `unsavable`."""
 
     @abstractmethod
+    def frozen_shards(self) -> Iterator[Shard]:
+        """What this rank holds of every parameter that is not trained: `weight` alone, in the dtype that it is computed
+        with. Not where the spec is `unsavable`.
+        """
+
+    @abstractmethod
     def counters(self) -> dict[str, float]:
         """What is part of no shard, the same on all ranks: `updates` taken by the optimizer; in fp16 `loss_scale`, and
         `good_steps` since the last overflow.
@@ -98,5 +114,7 @@ class AbstractStrategy(ABC):
         """Bring the compute weights in line with the fp32 masters after `shards` were filled. Collective."""
 
     @abstractmethod
-    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, fp32 on the CPU, one at a time, in the module's order; the same on all. Collective."""
+    def full_state(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, or those of these names, whole, fp32 on the CPU, one at a time, in the module's order; the
+        same on all. Collective.
+        """

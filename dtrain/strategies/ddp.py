@@ -22,10 +22,14 @@ class DDP(StrategySpec):
         return [] if self.bucket_mb > 0 else [f"strategy.bucket_mb={self.bucket_mb}: must be more than 0"]
 
     def states(self, need: Need) -> StateBytes:
-        f = need.figures
-        frozen, trained = f.num_params - need.num_trainable, need.num_trainable
-        gathered = 0.0 if need.precision == "fp32" else 2.0 * f.num_params
-        return StateBytes(4.0 * (frozen + trained), 4.0 * trained, float(need.state_bytes * trained), gathered)
+        trained = need.num_trainable
+        gathered = 0.0 if need.precision == "fp32" else 2.0 * need.num_params
+        return StateBytes(
+            4.0 * trained + need.compute_bytes * need.num_frozen,
+            4.0 * trained,
+            float(need.state_bytes * trained),
+            gathered,
+        )
 
     def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:
         if optim.precision == "fp32":

@@ -37,7 +37,8 @@ class FSDP2(StrategySpec):
         gathered = float(need.compute_bytes * (outside + blocks * f.num_block_params)) if over > 1 else 0.0
         # The reduce-scatter input of one block, fp32.
         gathered += 4.0 * f.num_block_params
-        return StateBytes(4.0 * f.num_params / over, 4.0 * trained / over, float(need.state_bytes * trained) / over,
+        params = 4.0 * trained + need.compute_bytes * need.num_frozen
+        return StateBytes(params / over, 4.0 * trained / over, float(need.state_bytes * trained) / over,
                           gathered)  # fmt: skip
 
     def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 class Full(TuningSpec):
     """Every parameter is trained."""
 
-    def apply(self, bundle: ModelBundle) -> ModelBundle:
+    def apply(self, bundle: ModelBundle, *, seed: int) -> ModelBundle:
         bundle.module.requires_grad_(True)  # noqa: FBT003
         return bundle
 
     def num_trainable(self, figures: Figures) -> int:
         return figures.num_params
+
+    def keeps(self) -> bool:
+        return False

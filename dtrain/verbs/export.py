@@ -14,7 +14,10 @@ from dtrain.folders import remove_leftovers
 from dtrain.verbs._checkpoints import STEP_HELP, chosen, named
 
 if TYPE_CHECKING:
-    from dtrain.checkpoint.export import Tensors
+    from dtrain.checkpoint.manifest import Manifest
+    from dtrain.checkpoint.tuned import Parts
+    from dtrain.models.base import ModelBundle
+    from dtrain.runs import RunDir
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Z]*)")
@@ -28,6 +31,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder to make; it must not be there (in exports/ of "
                                                                "the run, by step and precision)")  # fmt: skip
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (as the run exports them)")
+    parser.add_argument("--merge", action="store_true", help="work an adapter into the model that it was trained on")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="where that model is now (as the run says)")
+    parser.add_argument("--plugin", action="append", default=[], metavar="PACKAGE",
+                        help="a package that choices of the run come from")  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, as 500MB or 5GB (5GB)")
 
 
@@ -43,12 +50,15 @@ def run(args: argparse.Namespace) -> int:
     if to.exists():
         raise ExportError(f"{to}: is there already; name another folder with --to")
     print(f"exporting {source.folder} in {dtype}", flush=True)
-    shapes, tensors = source.read()
+    (shapes, tensors), adapter = source.read()
     remove_leftovers(to.parent)
     try:
-        write_export(tensors, shapes, to, assets=source.assets, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        write_export(tensors, shapes, to, assets=source.assets, dtype=dtype, max_shard_bytes=max_shard_bytes,
+                     adapter=adapter)  # fmt: skip
     except OSError as error:
         raise ExportError(f"{to}: cannot be written ({error.strerror or error}); nothing is left of it") from None
+    if source.check is not None:
+        print(source.check(to), flush=True)
     print(f"exported to {to}")
     return 0
 
@@ -63,7 +73,9 @@ class _Source(NamedTuple):
     """Where its exports go."""
     title: str
     dtype: Callable[[], str]
-    read: Callable[[], Tensors]
+    read: Callable[[], Parts]
+    check: Callable[[Path], str] | None = None
+    """Compares what was written with what it was made of, in a line."""
 
 
 def _is_export(folder: Path) -> bool:
@@ -72,10 +84,11 @@ def _is_export(folder: Path) -> bool:
 
 def _of_folder(folder: Path) -> _Source:
     from dtrain.checkpoint.export import dtype_of, read_export
+    from dtrain.checkpoint.tuned import Parts
 
     folder = Path(os.path.abspath(folder))  # noqa: PTH100
     return _Source(folder, folder, folder.parent / "exports", folder.name, lambda: dtype_of(folder),
-                   lambda: read_export(folder))  # fmt: skip
+                   lambda: Parts(read_export(folder), None))  # fmt: skip
 
 
 def _of_run(args: argparse.Namespace) -> _Source:
@@ -95,9 +108,50 @@ def _of_run(args: argparse.Namespace) -> _Source:
                           f"that folder of its run; export it from there")  # fmt: skip
     read = manifest.read(folder)
     from dtrain.checkpoint.export import read_checkpoint
+    from dtrain.checkpoint.tuned import Parts, read_tuned
 
     said = str((read.config.get("export") or {}).get("dtype", "fp32"))
-    return _Source(folder, assets, found.run.exports, folder.name, lambda: said, lambda: read_checkpoint(folder, read))
+    title = f"{folder.name}-merged" if args.merge else folder.name
+    if read.base is None:
+        if args.merge:
+            raise ExportError(f"--merge: {folder} is of a whole model, there is nothing to merge; leave it out")
+        return _Source(folder, assets, found.run.exports, title, lambda: said,
+                       lambda: Parts(read_checkpoint(folder, read), None))  # fmt: skip
+    if args.merge and not read.base.get("adapter"):
+        raise ExportError(f"--merge: {folder} has no adapter: its export is the whole model as it is; leave it out")
+    bundle = _tuned(found.run, read, args)
+
+    def check(merged: Path) -> str:
+        from dtrain.engine.merged import compare
+
+        return compare(bundle.assets, read_tuned(folder, read, bundle, merge=False), merged)
+
+    def parts() -> Parts:
+        return read_tuned(folder, read, bundle, merge=args.merge)
+
+    return _Source(folder, assets, found.run.exports, title, lambda: said, parts, check if args.merge else None)
+
+
+def _tuned(run: RunDir, read: Manifest, args: argparse.Namespace) -> ModelBundle:
+    """The model of the run with its tuning, on meta, and the weights that it was tuned from. Raises ExportError where
+    they are others.
+    """
+    from dtrain.checkpoint.tuned import check_base
+    from dtrain.config import frozen
+    from dtrain.models.assets import weights_digest
+
+    config = frozen.read(run.config, plugins=args.plugin)
+    data = run.read_manifest().get("data")
+    assets = args.base or (Path(data["assets"]) if isinstance(data, dict) else None)
+    assert read.base is not None
+    if assets is None or not (assets / "config.json").is_file():
+        raise ExportError(f"{assets}: not there any more: the model that was tuned, {read.base.get('path')}; say with "
+                          f"--base where it is")  # fmt: skip
+    cache = Path(data["dir"]).parent if isinstance(data, dict) else run.path
+    digest = weights_digest(assets, cache, print) if read.base.get("xxh3") else None
+    check_base(read.base, digest, assets)
+    seed = config.run.seed
+    return config.tuning.apply(config.model.build(assets, seed=seed), seed=seed)
 
 
 def _bytes(text: str) -> float:

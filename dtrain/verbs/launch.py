@@ -159,7 +159,8 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
 
     plan, settled = proposal.plan, _oom.fitting(run, settled, say)
     _warn_of_room(run, settled, plan.checkpoint_bytes)
-    said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets)
+    said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets,
+                    base=_base(settled, prepared))  # fmt: skip
     clean(run)
     start = choose(run, settled, said, say)
     _refuse_done(run, settled, start)
@@ -200,6 +201,15 @@ def clean(run: RunDir) -> None:
         say(f"ended {left} processes of this run, which a killed launch had left")
     for path in [*remove_leftovers(run.checkpoints, mine=True), *remove_leftovers(run.path, mine=True)]:
         say(f"removed {path}, which a killed save left")
+
+
+def _base(settled: Config, prepared: Prepared) -> str | None:
+    """The digest of the weights that stay as they are; None where all are trained, or made from the seed."""
+    from dtrain.models.assets import weights_digest
+
+    if not settled.tuning.keeps() or not settled.model.trained():
+        return None
+    return weights_digest(prepared.assets, prepared.dir.parent, say)
 
 
 def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prepared: Prepared,

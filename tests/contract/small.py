@@ -80,17 +80,20 @@ def reference(
     folder: Path,
     recipe: Recipe,
     after: Callable[[int, Any, torch.optim.Optimizer], None] = lambda done, model, optimizer: None,
+    prepare: Callable[[Any], Any] = lambda model: model,
     mean_loss: Callable[[Any, list[Row]], torch.Tensor] | None = None,
 ) -> Trained:
-    """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer;
-    `mean_loss` of a model and rows is the cross-entropy of their targets where it is not given.
+    """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer.
+    `prepare`: chooses what of the model is trained, and may give another in its place. `mean_loss` of a model and rows
+    is the cross-entropy of their targets where it is not given.
     """
     mean_loss = mean_loss or _mean_loss
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = (prepare(model) or model).train()
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         betas=(0.9, 0.95), eps=recipe.eps,
@@ -111,7 +114,7 @@ def reference(
     with torch.no_grad():
         eval_loss = float(mean_loss(model, [held_out.row(i) for i in range(len(held_out))]))
     named = dict(model.named_parameters())
-    moments = {key: {name: optimizer.state[p][key].numpy() for name, p in named.items()}
+    moments = {key: {name: optimizer.state[p][key].numpy() for name, p in named.items() if p.requires_grad}
                for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
     weights = {name: p.detach().numpy() for name, p in named.items()}
     return Trained(losses, norms, weights, eval_loss, moments, ids)

@@ -1,0 +1,204 @@
+"""Tunings: under every strategy the same as one plain process, and what is not trained stays as it was to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from dtrain.engine.state import Progress
+from tests.contract.small import Recipe, Record, make_built, overrides, reference
+from tests.contract.test_equivalence import STRATEGIES, difference
+from tests.contract.test_variants import DIVIDED
+from tests.processes import run_ranks
+
+FREEZE = ("tuning=freeze", "tuning.last_layers=1", "tuning.norms=true", "tuning.patterns=['*layers.0.*q_proj*']")
+
+
+class Tuned(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, np.ndarray]
+    """Of every parameter, whole."""
+    trained: dict[str, tuple[int, ...]]
+
+
+def typed(folder: Path, recipe: Recipe, strategy: str, *more: str) -> list[str]:
+    return overrides(folder, recipe, f"strategy={strategy}", *(DIVIDED if strategy == "zero3" else ()), *more)
+
+
+def tune(folder: Path, config: list[str]) -> Tuned:
+    """Call it on every rank."""
+    built, record = make_built(folder, config), Record()
+    built.engine.run([record], Progress())
+    weights = {name: full.numpy() for name, full in built.strategy.full_state()}
+    return Tuned([r.loss for r in record.reports], [r.grad_norm for r in record.reports], weights,
+                 {name: one.shape for name, one in built.parameters.items()})  # fmt: skip
+
+
+def _files(folder: Path) -> dict[str, np.ndarray]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    return {name: param.detach().numpy() for name, param in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def frozen_plainly(small: Path) -> Any:
+    def freeze(model: Any) -> None:
+        for name, param in model.named_parameters():
+            param.requires_grad_("layers.1." in name or "norm" in name or ("layers.0." in name and "q_proj" in name))
+
+    return reference(small, Recipe(7), prepare=freeze)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_parts_stay_and_the_rest_is_as_in_one_plain_process(
+    small: Path, frozen_plainly: Any, strategy: str, size: int
+) -> None:
+    before = _files(small)
+    for ran in run_ranks(tune, small, typed(small, Recipe(7), strategy, *FREEZE), size=size):
+        assert ran.losses == pytest.approx(frozen_plainly.losses, rel=1e-5)
+        assert ran.norms == pytest.approx(frozen_plainly.norms, rel=1e-5)
+        assert set(ran.trained) == set(frozen_plainly.moments["exp_avg"])
+        for name, weight in ran.weights.items():
+            if name in ran.trained:
+                assert difference(weight, frozen_plainly.weights[name]) < 1e-5, name
+                assert (weight != before[name]).any(), name
+            else:
+                np.testing.assert_array_equal(weight, before[name], err_msg=name)
+
+
+def _frozen(folder: Path, config: list[str]) -> dict[str, Sequence[Any]]:
+    built = make_built(folder, config)
+    return {one.name: (one.start, one.views["weight"].dtype, one.views["weight"].float().numpy().copy())
+            for one in built.strategy.frozen_shards()}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_in_bf16_what_is_frozen_is_kept_once_and_in_bf16(small: Path, strategy: str) -> None:
+    before = _files(small)
+    for ran in run_ranks(_frozen, small, typed(small, Recipe(7), strategy, *FREEZE, "train.precision=bf16"), size=2):
+        assert ran
+        for name, (start, dtype, values) in ran.items():
+            assert dtype == torch.bfloat16
+            expected = torch.from_numpy(before[name]).flatten()[start : start + len(values)].bfloat16().float()
+            np.testing.assert_array_equal(values, expected.numpy(), err_msg=name)
+
+
+LORA = ("tuning=lora", "tuning.rank=3", "tuning.alpha=12")
+
+
+def _same_start(folder: Path, *more: str) -> Callable[[Any], Any]:
+    """A PEFT model of peft's own with the values that dtrain starts from."""
+
+    def prepare(model: Any) -> Any:
+        import torch.distributed as dist
+        from peft import LoraConfig, get_peft_model
+
+        from tests.contract.small import settled
+
+        config = settled(overrides(folder, Recipe(7), *LORA, *more))
+        bundle = config.tuning.apply(config.model.build(folder / "model", seed=config.run.seed), seed=config.run.seed)
+        assert not dist.is_initialized()
+        said = dict(bundle.adapter.config) | {"inference_mode": False}
+        tuned = get_peft_model(model, LoraConfig(**{k: v for k, v in said.items() if k in _KEYS}))
+        mine = {name: bundle.weights.read(name, 0, param.numel()).view(param.shape)
+                for name, param in bundle.module.named_parameters()}  # fmt: skip
+        with torch.no_grad():
+            for name, param in tuned.base_model.model.named_parameters():
+                param.copy_(mine[name])
+        return tuned.base_model.model
+
+    return prepare
+
+
+_KEYS = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "task_type"}
+
+
+@pytest.fixture(scope="module")
+def lora_plainly(small: Path) -> Any:
+    return reference(small, Recipe(7), prepare=_same_start(small))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lora_is_what_peft_makes_of_it_in_one_plain_process(
+    small: Path, lora_plainly: Any, strategy: str, size: int
+) -> None:
+    before = _files(small)
+    more = ["train.activation_checkpointing=true"] if strategy in ("zero3", "fsdp2") else []
+    for ran in run_ranks(tune, small, typed(small, Recipe(7), strategy, *LORA, *more), size=size):
+        assert ran.losses == pytest.approx(lora_plainly.losses, rel=1e-5)
+        assert ran.norms == pytest.approx(lora_plainly.norms, rel=1e-5)
+        assert set(ran.trained) == set(lora_plainly.moments["exp_avg"])
+        assert len(ran.trained) == 2 * 7 * 2
+        for name, weight in ran.weights.items():
+            if name in ran.trained:
+                assert difference(weight, lora_plainly.weights[name]) < 1e-5, name
+            else:
+                np.testing.assert_array_equal(weight, before[name.replace(".base_layer", "")], err_msg=name)
+
+
+WAYS: dict[str, tuple[str, ...]] = {
+    "dora": ("tuning.dora=true",),
+    "rslora": ("tuning.rslora=true", "tuning.init=gaussian"),
+    "pissa": ("tuning.init=pissa",),
+    "olora": ("tuning.init=olora",),
+    "named": ("tuning.targets=[q_proj,'*.0.mlp.*']", "tuning.modules_to_save=[embed_tokens]"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kind_of_lora_starts_as_the_model_and_merges_and_loads(small: Path, tmp_path: Path, way: str) -> None:
+    # ZeRO-2 on 2 ranks trains as one process with DDP does, and what is exported gives the trained model's logits.
+    recipe, options = Recipe(7, steps=4), [*LORA, *WAYS[way], "export.dtype=fp32"]
+    strategy = "fsdp2" if way == "dora" else "zero3"
+    one = run_ranks(exported, small, typed(small, recipe, "ddp", *options), tmp_path / "one", size=1)[0]
+    two = run_ranks(exported, small, typed(small, recipe, strategy, *options), tmp_path / "two", size=2)[0]
+    assert one.losses == pytest.approx(two.losses, rel=1e-5)
+    first = reference(small, Recipe(7, steps=1)).losses[0]
+    assert one.losses[0] == pytest.approx(first, rel=1e-5)
+    assert_loads(small, tmp_path / "two", two.weights)
+
+
+def exported(folder: Path, config: list[str], to: Path) -> Tuned:
+    """Call it on every rank: trains, exports the adapter, and the model with it merged beside it."""
+    built, record = make_built(folder, config), Record()
+    built.engine.run([record], Progress())
+    built.export(to)
+    weights = {name: full.clone() for name, full in built.strategy.full_state()}
+    if built.comm.rank == 0:
+        merged = dict(built.bundle.adapter.merged(lambda name: weights[name]))
+        torch.save(merged, to / "merged.pt")
+    return Tuned([r.loss for r in record.reports], [], {name: one.numpy() for name, one in weights.items()},
+                 {name: one.shape for name, one in built.parameters.items()})  # fmt: skip
+
+
+def assert_loads(folder: Path, adapter: Path, weights: dict[str, np.ndarray]) -> None:
+    """peft loads what was exported, nothing is missing, and its logits are those of the merged model."""
+    import warnings
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    ids = torch.arange(1, 23)[None]
+    plain = base(input_ids=ids).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tuned = PeftModel.from_pretrained(base, adapter)
+    got = tuned(input_ids=ids).logits
+    assert float((got - plain).abs().max()) > 1e-2, "it has learned something"
+    again = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    merged = torch.load(adapter / "merged.pt", weights_only=True)
+    missing, unexpected = again.load_state_dict(merged, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    again.tie_weights()
+    torch.testing.assert_close(again(input_ids=ids).logits, got, rtol=1e-4, atol=1e-5)
