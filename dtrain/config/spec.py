@@ -131,6 +131,10 @@ class ModelSpec(AbstractSpec):
     def trained(self) -> bool:
         """Whether its weights come trained; `optim.lr=auto` is then a rate for fine-tuning."""
 
+    def masks(self) -> bool:
+        """Whether attention makes a number for each pair of tokens of a row; for the memory table."""
+        return False
+
     @abstractmethod
     def figures(self) -> Figures:
         """The architecture in numbers, without a download where the YAML carries them. Raises ModelError."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.config import frozen
+from dtrain.models.base import Setting
 from dtrain.objectives.base import Around
 from dtrain.plan.batch import BatchPlan
 from dtrain.strategies._place import materialise
@@ -43,7 +44,7 @@ def around(  # noqa: PLR0913 - it is all that there is
     assert config.batch.micro_batch != "auto"
     base = bundle.adapter.switched_off if bundle.adapter is not None and bundle.adapter.pure else None
     return Around(
-        module=strategy.module, comm=comm, base=base, copy=lambda: _copy(config, bundle.assets, comm.device),
+        module=strategy.module, comm=comm, base=base, copy=lambda: _copy(config, bundle.assets, comm),
         rows=rows, batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size), pad_id=pad_id,
         start=lambda: start_digest(config, bundle.assets), cache=cache, resumed=resumed, say=say, at=at,
     )  # fmt: skip
@@ -70,9 +71,12 @@ def start_digest(config: Config, assets: Path) -> str:
     return state.hexdigest()
 
 
-def _copy(config: Config, assets: Path, device: torch.device) -> nn.Module:
+def _copy(config: Config, assets: Path, comm: AbstractComm) -> nn.Module:
+    """The model before training. Collective."""
+    dtype = _COMPUTE[config.train.precision]
     made = config.model.build(assets, seed=config.run.seed)
-    materialise(made.module, device, _COMPUTE[config.train.precision])
+    made.choose_attention(Setting(comm.device, dtype, config.dataset.packing), comm)
+    materialise(made.module, comm.device, dtype)
     with torch.no_grad():
         for name, param in made.module.named_parameters():
             param.copy_(made.weights.read(name, 0, param.numel()).view(param.shape))

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.checkpoint.export import Adapter, with_frozen, write_export
 from dtrain.checkpoint.manifest import Manifest, Parameter
+from dtrain.checkpoint.safetensors import DTYPES
 from dtrain.checkpoint.storage import WEIGHT, file_name
 from dtrain.checkpoint.tuned import base_of
 from dtrain.config import frozen
@@ -23,7 +24,7 @@ from dtrain.engine.engine import Course, Engine
 from dtrain.engine.proof import Proof
 from dtrain.engine.state import State
 from dtrain.errors import CheckpointError
-from dtrain.models.base import AbstractWeights
+from dtrain.models.base import AbstractWeights, Attention, Setting
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
 from dtrain.runs.folder import utc
@@ -53,6 +54,7 @@ class Built:
     parameters: dict[str, Parameter]
     """Those that are trained, as a checkpoint tells of them."""
     tied: dict[str, str]
+    attention: Attention
 
     def describe(self, identity: Mapping[str, Any], made_by: Mapping[str, Any]) -> Callable[..., Manifest]:
         """What a checkpoint says of itself, as a function of state and metrics."""
@@ -87,6 +89,7 @@ class Built:
             f"{num / 1e6:,.1f} M parameters{of} on {self.comm.size} {self.config.device} ranks, "
             f"{self.config.train.precision}",
             batch.describe(),
+            self.attention.line,
         ]
 
     def export(self, to: Path, digest: str | None = None, mark: Callable[[], None] = lambda: None) -> None:
@@ -148,7 +151,10 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     assert config.batch.micro_batch != "auto"
     assert config.optim.lr != "auto"
     torch.manual_seed(config.run.seed)
-    bundle = config.tuning.apply(config.model.build(assets, seed=config.run.seed), seed=config.run.seed)
+    bundle = config.model.build(assets, seed=config.run.seed)
+    setting = Setting(comm.device, DTYPES[config.train.precision][0], config.dataset.packing)
+    attention = bundle.choose_attention(setting, comm)
+    bundle = config.tuning.apply(bundle, seed=config.run.seed)
     if config.train.activation_checkpointing:
         for block in bundle.blocks:
             recompute(block)
@@ -193,7 +199,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     proof = None if unproven else Proof(strategy, comm, list(parameters), config.tuning.moves_first)
     engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof)
     tied = _tied(bundle.module, list(parameters))
-    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied)
+    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention)
 
 
 def _check_fits(reader: Reader, parameters: dict[str, Parameter]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import math
 import os
@@ -99,6 +100,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         reader.close()
     trackers.start(steps=config.train.steps or 0, first_step=first, lines=[*built.lines, *passed_over])
     if comm.rank == 0:
+        run.update_manifest(attention=dataclasses.asdict(built.attention))
         for line in passed_over:
             run.event("passed over", attempt=attempt, line=line)
         run.event("training", attempt=attempt, step=first)

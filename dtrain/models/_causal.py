@@ -2,70 +2,71 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from dtrain.errors import ModelError
 from dtrain.models._head import Head, Logits
+from dtrain.models._meta import params_on_meta
 from dtrain.models._weights import FreshWeights, Names, SafetensorsWeights
+from dtrain.models.attention.choose import choose
+from dtrain.models.attention.dense import SDPA
+from dtrain.models.attention.names import MASKED, Attention
 from dtrain.models.base import AbstractWeights, ModelBundle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FLASH = ("flash_attention_2", "flash_attention_3")
+    from dtrain.models.attention.base import Backend
 
 
 class CausalLM(nn.Module):
     """A decoder and its head, named as in transformers; gives the sum of the cross-entropy over targets, or the
     log-probability of each.
 
-    Documents of a packed row do not see each other: their positions restart, and the masks are made from that.
+    Documents of a packed row do not see each other: their positions restart, and attention goes by that.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head, head_name: str) -> None:
         super().__init__()
         self.decoder_name = model.base_model_prefix
         self.head_name = head_name
-        self.flattens = model.config._attn_implementation in _FLASH
+        self._lay_out = SDPA.lay_out
         self.add_module(self.decoder_name, model.base_model)
         self.add_module(head_name, head)
+
+    @property
+    def decoder_module(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.get_submodule(self.decoder_name))
+
+    def attend_by(self, backend: Backend) -> None:
+        """Until this is called, attention is what transformers made of the configuration."""
+        backend.install(self.decoder_module)
+        self._lay_out = backend.lay_out
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, target_ids: torch.Tensor,
         *, each: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """fp32 scalar, or with `each` one for every target, [N]; attached to every parameter, without targets too."""
-        further: dict[str, Any] = {}
-        if self.flattens:
-            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
-            further = _documents(positions)
-        # An attention mask, even of ones, would switch the masks of packed rows off.
-        out = self.get_submodule(self.decoder_name)(
-            input_ids=tokens, attention_mask=None, position_ids=positions, use_cache=False, **further
-        )
-        hidden = out.last_hidden_state
+        hidden = self.decoder_module(**self._lay_out(tokens, positions)).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1])[target_index]
         return self.get_submodule(self.head_name)(chosen, target_ids, each=each)
 
 
-def _documents(positions: torch.Tensor) -> dict[str, Any]:
-    """Where each document of the flattened row starts, as flash attention wants it; once instead of in every layer."""
-    starts = (positions[0] == 0).nonzero()[:, 0].to(torch.int32)
-    ends = torch.nn.functional.pad(starts, (0, 1), value=positions.shape[1])
-    longest = int(ends.diff().max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-
-
 def build_causal(
-    assets: Path, *, seed: int, attention: str = "auto", trust_remote_code: bool = False, from_scratch: bool = False
+    assets: Path,
+    *,
+    seed: int,
+    attention: Attention = "auto",
+    trust_remote_code: bool = False,
+    from_scratch: bool = False,
 ) -> ModelBundle:
     """From a folder with `config.json`, and safetensors unless `from_scratch`. Parameters are fp32 and on meta,
     buffers are real. Raises ModelError.
@@ -95,38 +96,32 @@ def build_causal(
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, nn.Parameter), type(embedding)
     assert isinstance(linear.weight, nn.Parameter), type(linear.weight)
-    return ModelBundle(module=module, blocks=blocks, weights=weights, export_name=str, assets=assets,
-                       embedding=embedding, head=linear.weight)  # fmt: skip
+    return ModelBundle(
+        module=module,
+        blocks=blocks,
+        weights=weights,
+        export_name=str,
+        assets=assets,
+        embedding=embedding,
+        head=linear.weight,
+        choose_attention=functools.partial(choose, module, type(model), attention),
+    )
 
 
-def _on_meta(assets: Path, attention: str, *, trust_remote_code: bool) -> PreTrainedModel:
+def _on_meta(assets: Path, attention: Attention, *, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    further = {} if attention == "auto" else {"attn_implementation": attention}
+    # Some layers are made for one implementation, and cannot change it later.
+    further = {"attn_implementation": attention} if attention in MASKED else {}
     try:
         config = AutoConfig.from_pretrained(assets, trust_remote_code=trust_remote_code)
-        with _params_on_meta(), warnings.catch_warnings():
+        with params_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code, **further
             )
     except (ValueError, ImportError, KeyError, OSError) as e:
         raise ModelError(f"{assets}: transformers does not build a causal language model from config.json: {e}") from e
-
-
-@contextlib.contextmanager
-def _params_on_meta() -> Iterator[None]:
-    """Parameters that are made inside lose their values at once; buffers, which nothing would restore, keep theirs."""
-
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
-        return None if param.is_meta else nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-
-    # Typed as giving None, documented as giving the parameter to use instead.
-    handle = nn.modules.module.register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _refuse_converted(model: PreTrainedModel, assets: Path) -> None:

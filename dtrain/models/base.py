@@ -1,4 +1,4 @@
-"""What a model is to the engine: a module without weights, and where the weights come from."""
+"""What a model is to the engine: a module without weights, where the weights come from, and how it attends."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from dtrain.comm import AbstractComm
 
 
 class AbstractWeights(ABC):
@@ -56,6 +58,37 @@ class AbstractAdapter(ABC):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """Where and how a model will run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of forward and backward."""
+    packed: bool
+    """Whether a row may hold several documents."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attention:
+    """What computes attention, and why it does."""
+
+    name: str
+    why: str
+    passed_over: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What would have been taken before it, each with its reason."""
+
+    @property
+    def line(self) -> str:
+        reasons = list(dict.fromkeys(self.passed_over.values()))
+        over = [f"{', '.join(name for name, one in self.passed_over.items() if one == why)}: {why}" for why in reasons]
+        return "; ".join([f"attention by {self.name}, {self.why}", *over])
+
+
+def _its_own(setting: Setting, comm: AbstractComm) -> Attention:
+    return Attention("the model", "which has nothing to choose")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelBundle:
     module: nn.Module
     """Parameters on meta; buffers real, on the CPU. `module(**batch.inputs)` gives what the objective expects."""
@@ -73,3 +106,7 @@ class ModelBundle:
     """The projection to the vocabulary, (vocabulary, hidden): the embedding itself where the model ties them."""
     adapter: AbstractAdapter | None = None
     """None where nothing was added; else an export is of what was added alone, and `export_name` names it in there."""
+    choose_attention: Callable[[Setting, AbstractComm], Attention] = _its_own
+    """Settle what computes attention in the module, the same on all ranks, before anything else is done to it. Raises
+    ModelError. Collective.
+    """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.config.spec import ModelSpec, spec
 from dtrain.errors import ModelError
+from dtrain.models.attention.names import MASKED, Attention
 from dtrain.plan.figures import Figures
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class HF(ModelSpec):
     """Fresh weights, by the model's own rules, in place of the stored ones."""
     pad_token: str | None = None
     """For a tokenizer that has none: a token of its vocabulary that no text contains."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    attention: Attention = "auto"
+    """What computes attention; `auto` takes the first that keeps documents apart here."""
     architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of the model's config.json that its size depends on, so that a plan needs no download."""
 
@@ -40,6 +42,9 @@ class HF(ModelSpec):
 
     def trained(self) -> bool:
         return not self.from_scratch
+
+    def masks(self) -> bool:
+        return self.attention in MASKED
 
     def figures(self) -> Figures:
         from dtrain.models._hub import is_repository, local_config, missing

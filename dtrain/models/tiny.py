@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.config.spec import ModelSpec, spec
 from dtrain.folders import whole_folder
+from dtrain.models.attention.names import MASKED, Attention
 from dtrain.plan.figures import Figures
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Tiny(ModelSpec):
     vocab: int = 4096
     """The model has exactly these; the tokenizer has fewer where the text is too short for as many."""
     max_positions: int = 4096
+    attention: Attention = "auto"
+    """What computes attention; `auto` takes the first that keeps documents apart here."""
 
     def problems(self) -> list[str]:
         found = []
@@ -54,6 +57,9 @@ class Tiny(ModelSpec):
     def trained(self) -> bool:
         return False
 
+    def masks(self) -> bool:
+        return self.attention in MASKED
+
     def figures(self) -> Figures:
         return Figures.from_hf(self._config())
 
@@ -73,7 +79,7 @@ class Tiny(ModelSpec):
     def build(self, assets: Path, *, seed: int) -> ModelBundle:
         from dtrain.models._causal import build_causal
 
-        return build_causal(assets, seed=seed, from_scratch=True)
+        return build_causal(assets, seed=seed, attention=self.attention, from_scratch=True)
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -99,7 +105,8 @@ class Tiny(ModelSpec):
         }
 
     def _digest(self, sample: list[str]) -> str:
-        digest = hashlib.sha256(json.dumps([_FORMAT, dataclasses.asdict(self)]).encode())
+        made_of = {key: value for key, value in dataclasses.asdict(self).items() if key != "attention"}
+        digest = hashlib.sha256(json.dumps([_FORMAT, made_of]).encode())
         for text in sample:
             data = text.encode()
             digest.update(len(data).to_bytes(8, "little") + data)

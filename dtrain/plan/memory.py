@@ -78,6 +78,8 @@ class Shape:
     length: int
     activation_checkpointing: bool
     device: Device
+    masks: bool = False
+    """Whether attention makes a number for each pair of tokens of a row."""
 
 
 def estimate(need: Need, states: StateBytes, shape: Shape) -> Memory:
@@ -87,7 +89,7 @@ def estimate(need: Need, states: StateBytes, shape: Shape) -> Memory:
 
 def _activations(need: Need, shape: Shape) -> float:
     """Tensors that autograd keeps: what transformers' decoder blocks save with torch's own attention, counted operation
-    by operation (a test compares with what is saved). Flash attention, which makes no masks, keeps less.
+    by operation (a test compares with what is saved).
     """
     f, e = need.figures, need.compute_bytes
     tokens = shape.micro_batch * shape.length
@@ -95,12 +97,12 @@ def _activations(need: Need, shape: Shape) -> float:
     # A norm keeps its input in fp32, its normalised value and its output.
     norm = 4 + 2 * e
     norms = f.norms * norm * f.hidden + (norm * (q + kv) if f.qk_norms else 0)
-    # Query, keys and values repeated for each head, and the output.
-    attention = e * 4 * q
+    # Query, keys, values, and the output; where there are masks, keys and values are repeated for each head.
+    attention = e * (4 * q if shape.masks else 2 * q + 2 * kv)
     # Gate, its activation, up, and their product.
     mlp = e * 4 * f.intermediate
     # Which tokens see each other, as numbers to add to the scores, made in each layer.
-    pairs = shape.micro_batch * shape.length**2
+    pairs = shape.micro_batch * shape.length**2 if shape.masks else 0
     block = tokens * (norms + attention + mlp) + e * pairs
     ends = tokens * norm * f.hidden + pairs
     if shape.activation_checkpointing:

@@ -119,9 +119,9 @@ class _Room:
     global_batch: int
 
     def memory(self, strategy: StrategySpec, micro_batch: int) -> Memory:
-        shape = Shape(
-            micro_batch, self.config.dataset.max_length, self.config.train.activation_checkpointing, self.device
-        )
+        config = self.config
+        shape = Shape(micro_batch, config.dataset.max_length, config.train.activation_checkpointing, self.device,
+                      masks=config.model.masks())  # fmt: skip
         return estimate(self.need, strategy.states(self.need), shape)
 
     def micro_batch(self, strategy: StrategySpec) -> int | None:

@@ -97,13 +97,17 @@ def _total(states) -> float:
 # --- activations and loss: formula against what is saved
 
 
-def _saved_bytes(kind: str, layers: int, dtype: str, *, length: int, recomputed: bool) -> int:
+def _saved_bytes(kind: str, layers: int, dtype: str, *, length: int, recomputed: bool, masks: bool = False) -> int:
     """Bytes that autograd keeps of a decoder, parameters and buffers not counted, each storage once."""
     import torch
 
     from dtrain.engine.build import recompute
+    from dtrain.models.attention.dense import SDPA
+    from dtrain.models.attention.documents import DOCUMENTS
 
+    backend = SDPA if masks else DOCUMENTS
     model = _decoder(kind, layers).to(getattr(torch, dtype)).train()
+    backend.install(model)
     if recomputed:
         for block in model.layers:
             recompute(block)
@@ -120,7 +124,7 @@ def _saved_bytes(kind: str, layers: int, dtype: str, *, length: int, recomputed:
 
     positions = torch.arange(length // 2).repeat(2, 2)  # two rows of two documents
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=torch.zeros(2, length, dtype=torch.long), position_ids=positions, use_cache=False)
+        model(**backend.lay_out(torch.zeros(2, length, dtype=torch.long), positions))
     return sum(saved.values())
 
 
@@ -137,13 +141,12 @@ def _decoder(kind: str, layers: int):
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "mistral"])
-@pytest.mark.parametrize("length", [64, 512])
-def test_activations(kind: str, dtype: str, length: int, recomputed: bool) -> None:
+@pytest.mark.parametrize(("length", "masks"), [(64, True), (512, True), (512, False)])
+def test_activations(kind: str, dtype: str, length: int, recomputed: bool, masks: bool) -> None:
     """What two layers more keep, within 15 %; 64 tokens, where matrices are most of it, and 512, where masks are."""
-    measured = _saved_bytes(kind, 3, dtype, length=length, recomputed=recomputed) - _saved_bytes(
-        kind, 1, dtype, length=length, recomputed=recomputed)  # fmt: skip
-    assert _activations(kind, 3, dtype, length, recomputed) - _activations(kind, 1, dtype, length, recomputed) == pytest.approx(
-        measured, rel=0.15)  # fmt: skip
+    few, many = (_saved_bytes(kind, n, dtype, length=length, recomputed=recomputed, masks=masks) for n in (1, 3))
+    planned = [_activations(kind, n, dtype, length, recomputed, masks) for n in (1, 3)]
+    assert planned[1] - planned[0] == pytest.approx(many - few, rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -152,10 +155,10 @@ def test_activations_of_a_whole_decoder(kind: str) -> None:
     assert _activations(kind, 3, "bfloat16", 256, False) == pytest.approx(measured, rel=0.15)
 
 
-def _activations(kind: str, layers: int, dtype: str, length: int, recomputed: bool) -> float:
+def _activations(kind: str, layers: int, dtype: str, length: int, recomputed: bool, masks: bool = False) -> float:
     figures = Figures.from_hf({**SMALL, "model_type": kind, "num_hidden_layers": layers})
     need = Need(figures, figures.num_params, "fp32" if dtype == "float32" else "bf16", 8, Topology(1, 1))
-    shape = Shape(micro_batch=2, length=length, activation_checkpointing=recomputed, device="cpu")
+    shape = Shape(micro_batch=2, length=length, activation_checkpointing=recomputed, device="cpu", masks=masks)
     return estimate(need, validate_spec("strategy", group_choice("strategy", "ddp")).states(need), shape).activations
 
 
