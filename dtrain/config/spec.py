@@ -257,6 +257,10 @@ class ObjectiveSpec(AbstractSpec):
         """
         return {name: values[0] / max(1, num_targets) for name, values in sums.items() if len(values) == 1}
 
+    def confusion(self, sums: Mapping[str, Sequence[float]]) -> tuple[Sequence[str], Sequence[Sequence[int]]] | None:
+        """Of an eval, labels, and how often each was taken for each; None where nothing is classified."""
+        return None
+
 
 class TemplateSpec(AbstractSpec):
     group = "template"

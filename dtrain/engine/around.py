@@ -46,6 +46,7 @@ def around(  # noqa: PLR0913 - it is all that there is
     return Around(
         module=strategy.module, comm=comm, base=base, copy=lambda: _copy(config, bundle.assets, comm),
         rows=rows, batch=BatchPlan(config.batch.global_batch, config.batch.micro_batch, comm.size), pad_id=pad_id,
+        assets=bundle.assets,
         start=lambda: start_digest(config, bundle.assets), cache=cache, resumed=resumed, say=say, at=at,
     )  # fmt: skip
 

@@ -184,6 +184,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
         peak_flops=_peak(comm.device, config.train.precision),
         collate=config.objective.collator() or collate,
         metrics=config.objective.metrics,
+        confusion=config.objective.confusion,
     )
 
     def begin(say: Callable[[str], None], at: Callable[[Sequence[int]], None]) -> Before | None:

@@ -21,7 +21,7 @@ from dtrain.engine.state import State
 from dtrain.engine.step import Objective, StepResult, train_step
 from dtrain.errors import NonFiniteError, StorageError
 from dtrain.failpoints import reach
-from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
+from dtrain.trackers.base import AbstractTracker, Confusion, EvalReport, StepReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dtrain.strategies.base import AbstractStrategy
 
     Metrics = Callable[[Mapping[str, Sequence[float]], int], Mapping[str, float]]
+    Counts = Callable[[Mapping[str, Sequence[float]]], tuple[Sequence[str], Sequence[Sequence[int]]] | None]
     Begin = Callable[[Callable[[str], None], Callable[[Sequence[int]], None]], Before | None]
 
 
@@ -63,6 +64,8 @@ class Course:
     collate: Collate = collate
     metrics: Metrics = lambda sums, num_targets: {}
     """What to tell of an eval besides its loss, of the sums of what the objective found."""
+    confusion: Counts = lambda sums: None
+    """Labels, and how often each was taken for each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -213,7 +216,9 @@ class Engine:
         if found is None:  # it is looked at again when the run goes on
             return
         metrics = self._course.metrics(found.sums, found.num_targets)
-        report = EvalReport(self._state.step, found.loss, found.num_targets, time.perf_counter() - began, metrics)
+        counts = self._course.confusion(found.sums)
+        report = EvalReport(self._state.step, found.loss, found.num_targets, time.perf_counter() - began, metrics,
+                            None if counts is None else Confusion(*counts))  # fmt: skip
         self._state = dataclasses.replace(self._state, eval_step=report.step, eval_loss=report.loss)
         for tracker in self._trackers:
             tracker.eval(report)

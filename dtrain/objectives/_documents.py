@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +71,10 @@ def part(batch: Batch, prefix: str) -> Batch:
     mine = {name.removeprefix(prefix): one for name, one in batch.about.items() if name.startswith(prefix)}
     inputs = {name: mine.pop(name) for name in batch.inputs}
     return dataclasses.replace(batch, inputs=inputs, about=mine)
+
+
+def with_about(batch: Batch, more: Mapping[str, torch.Tensor]) -> Batch:
+    return dataclasses.replace(batch, about={**batch.about, **more})
 
 
 def _every_other(row: Row, first: int) -> Row:

@@ -20,7 +20,7 @@ from dtrain.data.batch import Batch
 from dtrain.data.store import AbstractStore
 from dtrain.errors import ConfigError, RunError
 from dtrain.folders import whole_folder
-from dtrain.objectives._documents import LEARNED, OTHER, REFERENCE, by_document, log_probs, part
+from dtrain.objectives._documents import LEARNED, OTHER, REFERENCE, by_document, log_probs, part, with_about
 from dtrain.objectives._preference import KL
 from dtrain.objectives.base import Around, Before
 from dtrain.objectives.replies import Reference
@@ -61,7 +61,7 @@ class _Scored:
         for batch in batches:
             with self.inside(), looking(self.module):
                 values = {p + REFERENCE: log_probs(self.module, part(batch, p)) for p in self.parts}
-            found.append(_with(batch, values))
+            found.append(with_about(batch, values))
         return found
 
 
@@ -84,7 +84,7 @@ class Divergence:
                 gained.append(log_probs(self.around.module, other) - other.about[REFERENCE])
         total, num = self.around.comm.sum([float(torch.cat(gained).double().sum()), sum(map(len, gained))])
         kl = torch.tensor(max(0.0, total / max(1.0, num)), dtype=torch.float32, device=gained[0].device)
-        return [_with(batch, {KL: kl}) for batch in batches]
+        return [with_about(batch, {KL: kl}) for batch in batches]
 
 
 @contextlib.contextmanager
@@ -97,10 +97,6 @@ def looking(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(was)
-
-
-def _with(batch: Batch, more: dict[str, torch.Tensor]) -> Batch:
-    return dataclasses.replace(batch, about={**batch.about, **more})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,7 +123,7 @@ class _Cached:
             rows = [table.row(i) for i in batch.sample_ids]
             each = [np.concatenate([_NONE, *(row[k::num] for row in rows)]) for k in range(num)]
             device = batch.about[LEARNED].device
-            found.append(_with(batch, {prefix + REFERENCE: torch.from_numpy(values).to(device)
+            found.append(with_about(batch, {prefix + REFERENCE: torch.from_numpy(values).to(device)
                                        for prefix, values in zip(self.parts, each, strict=True)}))  # fmt: skip
         return found
 

@@ -1,5 +1,5 @@
-"""The objective that the rows call for: conversations and answers are fine-tuned on, pairs of replies compared, judged
-ones weighed, and plain text is pretrained on.
+"""The objective that the rows call for: conversations and answers are fine-tuned on, texts classified, pairs of
+replies compared, judged ones weighed, and plain text is pretrained on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dtrain.config.spec import ObjectiveSpec, spec
 from dtrain.datasets.base import Chat, Completion, Example, Judged, Labelled, Preference, Text
 from dtrain.errors import DataError
+from dtrain.objectives.classify import Classify
 from dtrain.objectives.dpo import DPO
 from dtrain.objectives.kto import KTO
 from dtrain.objectives.pretrain import Pretrain
@@ -34,8 +35,10 @@ class Auto(ObjectiveSpec):
         return SFT(train_on=self.train_on).problems()
 
     def resolve(self, shape: type[Example]) -> ObjectiveSpec:
-        if issubclass(shape, Chat | Completion | Labelled):
+        if issubclass(shape, Chat | Completion):
             return SFT(train_on=self.train_on)
+        if issubclass(shape, Labelled):
+            return Classify()
         if issubclass(shape, Preference):
             return DPO(train_on=self.train_on)
         if issubclass(shape, Judged):

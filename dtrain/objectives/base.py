@@ -51,6 +51,8 @@ class Around:
     rows: tuple[AbstractStore, AbstractStore]
     batch: BatchPlan
     pad_id: int
+    assets: Path
+    """The model's config and tokenizer."""
     start: Callable[[], str]
     """A digest of all that decides what the model says before the first step."""
     cache: Path

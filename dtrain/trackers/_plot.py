@@ -1,13 +1,18 @@
-"""The loss curve as a PNG."""
+"""The loss curve, and a confusion matrix, as a PNG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dtrain.trackers.base import Confusion
 
 Point = tuple[float, float]
+_WRITTEN = 30
+"""Labels up to which the counts are written into the picture."""
 
 
 def draw_loss(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -58,3 +63,28 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99))]
     room = max((high - low) * 0.06, 0.01)
     return low - room, high + room
+
+
+def draw_confusion(found: Confusion, path: Path, title: str) -> None:
+    """Draw how often each label was taken for each, coloured by the share of the label's own texts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num = len(found.labels)
+    totals = [max(1, sum(row)) for row in found.counts]
+    shares = [[count / total for count in row] for row, total in zip(found.counts, totals, strict=True)]
+    size = min(20.0, max(4.0, 2.0 + 0.5 * num))
+    figure = Figure(figsize=(size, size), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    names = [label if len(label) <= 24 else label[:23] + "…" for label in found.labels]
+    axes.set_xticks(range(num), names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(num), names, parse_math=False)
+    axes.set_xlabel("chosen")
+    axes.set_ylabel("label")
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+    for i, row in enumerate(found.counts if num <= _WRITTEN else []):
+        for j, count in enumerate(row):
+            axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.6 else "black")
+    figure.savefig(path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +36,12 @@ class StepReport:
     extras: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+class Confusion(NamedTuple):
+    labels: Sequence[str]
+    counts: Sequence[Sequence[int]]
+    """Row by row: how many that have a label were given each of them."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class EvalReport:
     step: int
@@ -42,6 +49,8 @@ class EvalReport:
     num_targets: int
     eval_s: float
     extras: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    confusion: Confusion | None = None
+    """Of labels, where texts are classified."""
 
 
 class AbstractTracker(ABC):

@@ -1,4 +1,6 @@
-"""metrics.jsonl and eval.jsonl: one JSON object a line; and the loss as a picture at the end."""
+"""metrics.jsonl and eval.jsonl: one JSON object a line; the loss as a picture at the end; and what labels the last eval
+took for which others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
 @spec
 class Jsonl(TrackerSpec):
     plot: bool = True
-    """Draw loss.png when the run ends."""
+    """Draw loss.png when the run ends, and confusion.png at each eval of a classification."""
 
     def build(self, run_dir: Path, config: Mapping[str, Any], stream: TextIO) -> AbstractTracker:
         return _Jsonl(run_dir, plot=self.plot)
@@ -25,7 +27,8 @@ class Jsonl(TrackerSpec):
 
 def row(report: StepReport | EvalReport) -> dict[str, Any]:
     """The report's fields in their order, then its extras; an extra never takes a field's name."""
-    fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "extras"}
+    fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)
+              if field.name not in ("extras", "confusion")}  # fmt: skip
     return {**fields, **{name: value for name, value in report.extras.items() if name not in fields}}
 
 
@@ -47,6 +50,13 @@ class _Jsonl(AbstractTracker):
 
     def eval(self, report: EvalReport) -> None:
         self._files[self._evals].write(dumps(row(report)) + "\n")
+        if report.confusion is not None:
+            from dtrain.trackers._plot import draw_confusion
+
+            said = {"step": report.step, **report.confusion._asdict()}
+            (self._run_dir / "confusion.json").write_text(dumps(said) + "\n", encoding="utf-8")
+            if self._plot:
+                draw_confusion(report.confusion, self._run_dir / "confusion.png", f"eval at step {report.step}")
 
     def note(self, line: str) -> None:
         """Notes are events; this file is for figures."""

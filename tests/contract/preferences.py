@@ -111,3 +111,60 @@ OPTIONS = {
     "kto": ["objective=kto", f"objective.beta={BETA}", "objective.good_weight=1.5", "objective.bad_weight=0.5"],
 }
 """As they are typed."""
+
+
+LABELS = {"a": [74, 0], "b": [75, 0], "cc": [76, 76, 0]}
+"""Labels, and what the tokenizer of `write_tokenizer` makes of them, with the token that ends a text: the last of these
+is two letters.
+"""
+
+
+def make_labelled(folder: Path, model: Path) -> None:
+    """`folder/{train,eval}.arrow`: rows of one to three texts, each with one of `LABELS` after it."""
+    from tests.unit.data.fakes import write_tokenizer
+
+    write_tokenizer(folder / "model")
+    for path in model.iterdir():
+        (folder / "model" / path.name).unlink(missing_ok=True)
+        (folder / "model" / path.name).symlink_to(path)
+    draw = np.random.default_rng(2)
+    for name, num in (("train", ROWS), ("eval", EVAL_ROWS)):
+        write_rows(folder / f"{name}.arrow", [_texts(draw) for _ in range(num)])
+
+
+def _texts(draw: np.random.Generator) -> Row:
+    chosen = draw.integers(0, len(LABELS), draw.integers(1, 4)).astype(np.int32)
+    prompts = [draw.integers(0, VOCAB, draw.integers(1, 5)) for _ in chosen]
+    return with_labels(prompts, chosen)
+
+
+def with_labels(prompts: list[np.ndarray], chosen: np.ndarray) -> Row:
+    ids = [list(LABELS.values())[label] for label in chosen]
+    tokens = [np.concatenate([prompt, one]) for prompt, one in zip(prompts, ids, strict=True)]
+    targets = [np.arange(len(one)) >= len(prompt) for one, prompt in zip(tokens, prompts, strict=True)]
+    return Row(
+        np.concatenate(tokens).astype(np.int32),
+        np.concatenate(targets),
+        np.array([len(one) for one in tokens], np.int32),
+        chosen,
+    )
+
+
+def classification(model: Any, rows: list[Row]) -> torch.Tensor:
+    """Minus the mean over texts of the log-probability of the label."""
+    found, _ = documents(model, rows)
+    return -torch.stack(found).mean()
+
+
+def confusion(model: Any, rows: list[Row]) -> list[list[int]]:
+    """How often each label was taken for each, by the likeliest."""
+    counts = [[0] * len(LABELS) for _ in LABELS]
+    for row in rows:
+        edges = np.cumsum(row.lengths)[:-1]
+        parts = zip(np.split(row.tokens, edges), np.split(row.targets, edges), row.labels.tolist(), strict=True)
+        for tokens, targets, label in parts:
+            tried = [with_labels([tokens[~targets]], np.array([k], np.int32)) for k in range(len(LABELS))]
+            with torch.no_grad():
+                found, _ = documents(model, tried)
+            counts[label][int(torch.stack(found).argmax())] += 1
+    return counts

@@ -10,7 +10,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from tests.contract.preferences import OPTIONS, formula, make_preferences
+from dtrain.data.store import RowStore
+from tests.contract.preferences import (
+    LABELS,
+    OPTIONS,
+    classification,
+    confusion,
+    documents,
+    formula,
+    make_labelled,
+    make_preferences,
+)
 from tests.contract.small import Recipe, Trained, make_built, overrides, reference, train
 from tests.contract.test_equivalence import STRATEGIES, difference
 from tests.processes import run_ranks
@@ -82,9 +92,6 @@ def _values(replies: Path, typed: list[str], cache: Path) -> list[float]:
 def test_the_reference_is_computed_once_and_found_again(replies: Path, tmp_path: Path) -> None:
     typed = _typed(replies, "sigmoid", "strategy=ddp")
     (values, _) = run_ranks(_values, replies, typed, tmp_path, size=2)
-    from dtrain.data.store import RowStore
-    from tests.contract.preferences import documents
-
     store = RowStore(replies / "train.arrow")
     with torch.no_grad():
         expected, _ = documents(_start(replies / "model"), [store.row(i) for i in range(len(store))])
@@ -120,3 +127,43 @@ def test_trained_weights_never_stand_for_the_reference(replies: Path, tmp_path: 
     train_ranks = run_ranks(train, replies, typed, tmp_path, size=1)
     assert len(train_ranks[0].losses) == RECIPE.steps
     assert run_ranks(_resumed, replies, typed, tmp_path, size=2) == ["", ""]
+
+
+@pytest.fixture(scope="session")
+def labelled(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labelled") / "data"
+    make_labelled(folder, small / "model")
+    return folder
+
+
+def _classify(labelled: Path, typed: list[str]) -> tuple[Trained, Any]:
+    from dtrain.engine.state import Progress
+    from tests.contract.small import Record
+
+    built, record = make_built(labelled, typed), Record()
+    built.engine.run([record], Progress())
+    weights = {name: full.numpy() for name, full in built.strategy.full_state()}
+    losses, norms = ([getattr(one, key) for one in record.reports] for key in ("loss", "grad_norm"))
+    return Trained(losses, norms, weights, record.evals[-1].loss), record.evals[-1]
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("ddp", 1), ("zero3", 2), ("fsdp2", 2)])
+def test_labels_are_learned_and_chosen_alike(labelled: Path, strategy: str, size: int) -> None:
+    counts: list[list[list[int]]] = []
+
+    def after(done: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        if done == RECIPE.steps:
+            store = RowStore(labelled / "eval.arrow")
+            counts.append(confusion(model, [store.row(i) for i in range(len(store))]))
+
+    expected = reference(labelled, RECIPE, after, classification)
+    typed = [one for one in overrides(labelled, RECIPE, f"strategy={strategy}") if not one.startswith("objective=")]
+    typed += ["objective=classify", f"objective.labels=[{','.join(LABELS)}]"]
+    for got, report in run_ranks(_classify, labelled, typed, size=size):
+        assert got.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert got.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert got.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
+        assert [list(row) for row in report.confusion.counts] == counts[0]
+        assert sum(map(sum, counts[0])) == report.num_targets
+        for key, weight in expected.weights.items():
+            assert difference(got.weights[key], weight) < 1e-5, key

@@ -9,6 +9,7 @@ from dtrain.datasets.badrows import BadRowError, LeftOutError
 from dtrain.datasets.base import Chat, Completion, Example, Judged, Labelled, Preference, Text
 from dtrain.errors import ConfigError, DataError
 from dtrain.objectives.auto import Auto
+from dtrain.objectives.classify import Classify
 from dtrain.objectives.dpo import DPO
 from dtrain.objectives.kto import KTO
 from dtrain.objectives.pretrain import Pretrain
@@ -80,6 +81,7 @@ def test_auto_goes_by_the_shape():
     assert isinstance(Auto().resolve(Chat), SFT)
     assert Auto(train_on="all").resolve(Preference) == DPO(train_on="all")
     assert Auto().resolve(Judged) == KTO()
+    assert Auto().resolve(Labelled) == Classify()
     assert Auto().among([Text, Chat]) == Auto()
     with pytest.raises(DataError, match="rows of preference and judged, which are not learned by one loss"):
         Auto().among([Preference, Judged])
@@ -149,7 +151,7 @@ def test_of_an_answer_only_the_answer_is_learned(objective):
     assert row.targets.tolist() == [False] * 3 + [True] * 4
     assert objective.encode(Completion("a:1", "", "yes"), Letters()).targets.tolist() == [False, True, True, True]
     assert objective.encode(Completion("a:1", "q", ""), Letters()).targets.tolist() == [False, True]
-    row = objective.encode(Labelled("a:1", "a film", "good"), Letters())
+    row = SFT().encode(Labelled("a:1", "a film", "good"), Letters())
     assert learned(row) == "good" + chr(Letters.eos_id)
     assert row.tokens.tolist() == [*map(ord, "a film\ngood"), Letters.eos_id]
 
@@ -243,3 +245,52 @@ def test_a_judged_reply_comes_with_one_that_was_given_to_something_else():
     assert [row.lengths.tolist() for row in encoded] == [[2, 2]] * 4
     (alone,) = KTO().together([judged("p", "a")])
     assert KTO().encode(alone, Letters()).lengths.tolist() == [2, 2]
+
+
+FILM = Labelled("films.csv:2", "a film", "good")
+
+
+def test_a_label_is_what_comes_after_the_text():
+    row = Classify(labels=("bad", "good")).encode(FILM, Letters())
+    assert "".join(map(chr, row.tokens)) == "a film\ngood\0"
+    assert learned(row) == "good\0"
+    assert row.labels.tolist() == [1]
+
+
+def test_labels_are_found_in_the_data():
+    films = [FILM, Labelled("films.csv:3", "b", "bad"), FILM]
+    assert Classify().settle(iter(films)) == {"labels": ["bad", "good"]}
+    assert Classify(labels=("x", "y")).settle(iter(films)) == {}
+    with pytest.raises(DataError, match="all rows have one label, 'good'"):
+        Classify().settle(iter([FILM]))
+    with pytest.raises(DataError, match=r"a:1000: more than 1,000 different labels.*objective=sft"):
+        Classify().settle(Labelled(f"a:{i}", "t", str(i)) for i in range(2000))
+
+
+def test_labels_that_cannot_be():
+    with pytest.raises(BadRowError, match="not one of objective.labels: 'good'; there are: bad, fine"):
+        Classify(labels=("bad", "fine")).encode(FILM, Letters())
+    with pytest.raises(DataError, match="b.jsonl:7: a chat row, and objective=classify"):
+        Classify(labels=("bad", "fine")).encode(CHAT, Letters())
+    assert "bad named twice" in Classify(labels=("bad", "bad")).problems()[0]
+    assert "one label" in Classify(labels=("bad",)).problems()[0]
+
+
+def test_scores_of_a_confusion_matrix():
+    # 3 of 4 right. F1: a: 2*2/(2+3) = 0.8, b: 2*1/(2+1) = 2/3; c occurs nowhere.
+    found = Classify(labels=("a", "b", "c")).metrics({"confusion": [2, 0, 0, 1, 1, 0, 0, 0, 0]}, 4)
+    assert found == pytest.approx({"accuracy": 0.75, "macro_f1": (0.8 + 2 / 3) / 2})
+
+
+def test_every_label_is_tried_after_each_text():
+    from dtrain.objectives._classes import Candidates, with_prompts
+    from dtrain.objectives._documents import part
+
+    spec = Classify(labels=("x", "yy"))
+    rows = [spec.encode(Labelled("a:1", text, label), Letters()) for text, label in (("one", "yy"), ("a", "x"))]
+    batch = with_prompts(rows, [3, 4], 1)
+    candidates = Candidates([[120, 0], [121, 121, 0]], 1)
+    assert candidates([batch], held_out=False) == [batch]
+    (seen,) = candidates([batch], held_out=True)
+    texts = [["".join(map(chr, row)) for row in part(seen, f"label-{k}.").inputs["tokens"].tolist()] for k in (0, 1)]
+    assert texts == [["one\nx\0", "a\nx\0\1\1"], ["one\nyy\0", "a\nyy\0\1\1"]]
