@@ -156,7 +156,7 @@ def test_labels_are_learned_and_chosen_alike(labelled: Path, strategy: str, size
             store = RowStore(labelled / "eval.arrow")
             counts.append(confusion(model, [store.row(i) for i in range(len(store))]))
 
-    expected = reference(labelled, RECIPE, after, classification)
+    expected = reference(labelled, RECIPE, after, mean_loss=classification)
     typed = [one for one in overrides(labelled, RECIPE, f"strategy={strategy}") if not one.startswith("objective=")]
     typed += ["objective=classify", f"objective.labels=[{','.join(LABELS)}]"]
     for got, report in run_ranks(_classify, labelled, typed, size=size):
@@ -167,3 +167,20 @@ def test_labels_are_learned_and_chosen_alike(labelled: Path, strategy: str, size
         assert sum(map(sum, counts[0])) == report.num_targets
         for key, weight in expected.weights.items():
             assert difference(got.weights[key], weight) < 1e-5, key
+
+
+LORA = ["tuning=lora", "tuning.rank=4"]
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("zero3", 2), ("fsdp2", 2), ("ddp", 2)])
+def test_adapters_that_are_switched_off_are_the_reference(
+    replies: Path, tmp_path: Path, strategy: str, size: int
+) -> None:
+    # An adapter starts from nothing, so what was there before it is what training starts from.
+    typed = _typed(replies, "sigmoid", *LORA)
+    (expected,) = run_ranks(train, replies, [*typed, "strategy=ddp", "objective.reference=cached"], tmp_path, size=1)
+    assert expected.losses[-1] != pytest.approx(expected.losses[0], rel=1e-3)
+    for got in run_ranks(train, replies, [*typed, f"strategy={strategy}"], tmp_path / "none", size=size):
+        assert got.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert got.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert not (tmp_path / "none").exists()
