@@ -259,6 +259,16 @@ def restore_scale(scaler: Any, counters: Mapping[str, float]) -> None:
     scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"]) - 1
 
 
+def look(*, cuda: bool) -> dict[str, Any]:
+    """For `dtrain doctor`: its version once it is imported, and whether its op for NVMe could be compiled here."""
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return {"version": deepspeed.__version__, "nvme": bool(AsyncIOBuilder().is_compatible(verbose=False))}
+
+
 def _shaped(state: object, like: torch.Tensor) -> bool:
     return isinstance(state, torch.Tensor) and state.shape == like.shape
 
