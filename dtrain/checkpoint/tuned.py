@@ -58,17 +58,12 @@ def read_tuned(folder: Path, of: Manifest, bundle: ModelBundle, *, merge: bool) 
     if other:
         raise ExportError(f"{folder}: holds {other[0]}, which this model has not: it is of another one")
 
-    def value(name: str) -> torch.Tensor:
-        if name in of.parameters:
-            return learned(name)
-        return bundle.weights.read(name, 0, math.prod(shapes[name])).float().view(shapes[name])
-
     adapter = bundle.adapter
     if adapter is not None and not merge:
-        tensors = _closing(adapter.tensors(value), reader)
+        tensors = _closing(adapter.tensors(learned), reader)
         return Parts((dict(adapter.shapes()), tensors), Adapter(adapter.config, dict(of.base or {})))
     if adapter is not None:
-        return Parts((dict(adapter.merged_shapes()), _closing(adapter.merged(value), reader)), None)
+        return Parts((dict(adapter.merged_shapes()), _closing(adapter.merged(learned), reader)), None)
     name_of = bundle.export_name
     whole = with_frozen(((name, learned(name)) for name in shapes if name in of.parameters), shapes, bundle.weights)
     named = ((name_of(name), tensor) for name, tensor in whole)

@@ -296,6 +296,14 @@ class TuningSpec(AbstractSpec):
         """Parameters that get none."""
         return figures.num_params - self.num_trainable(figures)
 
+    def frozen_bytes(self, figures: Figures, compute_bytes: int) -> float:
+        """Of what `num_frozen` counts, where it is whole on a rank."""
+        return float(compute_bytes * self.num_frozen(figures))
+
+    def divides(self) -> bool:
+        """Whether a strategy that divides parameters divides those that are frozen too."""
+        return True
+
     def keeps(self) -> bool:
         """Whether parameters of the model stay as they are: it is then named in every checkpoint, by its content."""
         return True

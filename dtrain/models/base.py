@@ -43,17 +43,17 @@ class AbstractAdapter(ABC):
         """Of what a file with this adapter alone holds, by its names there."""
 
     @abstractmethod
-    def tensors(self, value: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same in fp32, in the same order. `value`: as for `merged`."""
+    def tensors(self, learned: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same in fp32, in the same order. `learned`: a trained parameter, whole, by its name in the module."""
 
     @abstractmethod
     def merged_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of every parameter of the model, by its name in an exported folder, in its order."""
 
     @abstractmethod
-    def merged(self, value: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def merged(self, learned: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of the model with what was learned worked into it, in fp32, one at a time, named as
-        `merged_shapes`. `value`: of a parameter of the module with its additions, whole, by its name.
+        `merged_shapes`. `learned`: as for `tensors`.
         """
 
 

@@ -30,12 +30,14 @@ class Need:
     state_bytes: int
     """Optimizer state per trainable parameter, master weights not counted."""
     topology: Topology
-    num_frozen: int = 0
-    """Parameters that are not trained, kept in the precision of forward and backward."""
+    frozen_bytes: float = 0.0
+    """Of what is not trained, where it is whole."""
+    divided: bool = True
+    """Whether that is divided by strategies that divide parameters."""
 
-    @property
-    def num_params(self) -> int:
-        return self.num_trainable + self.num_frozen
+    def frozen_on_rank(self, over: int) -> float:
+        """Its bytes on one of `over` ranks that divide the parameters among them."""
+        return self.frozen_bytes / (over if self.divided else 1)
 
     @property
     def compute_bytes(self) -> int:

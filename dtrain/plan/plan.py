@@ -80,8 +80,9 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
         notes.append(
             f"schedule.warmup_steps={config.schedule.warmup_steps}: all {config.train.steps} steps are warm-up"
         )
-    need = Need(figures, config.tuning.num_trainable(figures), precision, config.optim.state_bytes, topology,
-                config.tuning.num_frozen(figures))  # fmt: skip
+    tuning = config.tuning
+    need = Need(figures, tuning.num_trainable(figures), precision, config.optim.state_bytes, topology,
+                tuning.frozen_bytes(figures, 4 if precision == "fp32" else 2), tuning.divides())  # fmt: skip
     room = _Room(config, need, device, capacity, global_batch)
     concrete = {key: one for key, one in strategies.items()
                 if not one.candidates() and not one.misfits(topology, device)

@@ -23,9 +23,9 @@ class DDP(StrategySpec):
 
     def states(self, need: Need) -> StateBytes:
         trained = need.num_trainable
-        gathered = 0.0 if need.precision == "fp32" else 2.0 * need.num_params
+        gathered = 0.0 if need.precision == "fp32" else 2.0 * need.num_trainable
         return StateBytes(
-            4.0 * trained + need.compute_bytes * need.num_frozen,
+            4.0 * trained + need.frozen_bytes,
             4.0 * trained,
             float(need.state_bytes * trained),
             gathered,

@@ -37,9 +37,8 @@ class FSDP2(StrategySpec):
         gathered = float(need.compute_bytes * (outside + blocks * f.num_block_params)) if over > 1 else 0.0
         # The reduce-scatter input of one block, fp32.
         gathered += 4.0 * f.num_block_params
-        params = 4.0 * trained + need.compute_bytes * need.num_frozen
-        return StateBytes(params / over, 4.0 * trained / over, float(need.state_bytes * trained) / over,
-                          gathered)  # fmt: skip
+        params = 4.0 * trained / over + need.frozen_on_rank(over)
+        return StateBytes(params, 4.0 * trained / over, float(need.state_bytes * trained) / over, gathered)
 
     def build(self, world: World, comm: AbstractComm, optim: Optim) -> AbstractStrategy:
         from dtrain.strategies._fsdp2 import _FSDP2

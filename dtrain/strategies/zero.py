@@ -113,7 +113,7 @@ class ZeRO(StrategySpec):
         grads_over, params_over = (over if self.stage >= 2 else 1), (over if self.stage == 3 else 1)
         # fp32 masters beside the parameters, except in stage 3 with fp32, where they are the parameters.
         master = 0.0 if self.stage == 3 and low == 4 else 4.0 * trained / over
-        params = float(low * need.num_params) / params_over
+        params = float(low * trained) / params_over + need.frozen_on_rank(params_over)
         grads = 4.0 * trained / grads_over
         optim = float(need.state_bytes * trained) / over + master
         gathered = float(low * min(f.num_params, self.max_live_parameters)) if self.stage == 3 and over > 1 else 0.0

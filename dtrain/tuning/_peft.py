@@ -1,4 +1,4 @@
-"""Layers that peft adds to a model on meta, what they start from, and how they are merged. Sole importer of peft.
+"""Layers that peft adds to a model on meta, what they start from, and how they are merged. The room of peft.
 
 Values are peft's own: one layer at a time is made again on the CPU, with peft's rules, so that no rank ever holds a
 model, and the values depend on the seed and the layer's name alone.
@@ -27,6 +27,8 @@ from dtrain.tuning._parts import near
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+    from dtrain.tuning._nf4 import Rounded
 
 ALL_LINEAR = "all-linear"
 _NAME = "default"
@@ -105,12 +107,31 @@ def _peft_name(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
+def linear_layers(bundle: ModelBundle) -> list[tuple[str, nn.Linear]]:
+    """Of all blocks, in the module's order."""
+    inside = {id(module) for block in bundle.blocks for module in block.modules()}
+    return [(name, module) for name, module in bundle.module.named_modules()
+            if isinstance(module, nn.Linear) and id(module) in inside]  # fmt: skip
+
+
+def put_in(bundle: ModelBundle, rounded: Rounded, *, nested: bool) -> None:
+    """Put 4-bit layers in place of the linear ones of all blocks, but for what was added to them."""
+    from dtrain.tuning._nf4 import NF4Linear
+
+    for name, layer in linear_layers(bundle):
+        weight = f"{plain(f'{name}.weight')}"
+        if weight in rounded.shapes:
+            holder, _, last = name.rpartition(".")
+            setattr(
+                bundle.module.get_submodule(holder),
+                last,
+                NF4Linear.of(rounded.whole(weight), layer.bias, nested=nested),
+            )
+
+
 def _targets(bundle: ModelBundle, targets: Sequence[str]) -> list[str]:
     """Names of the linear layers that are meant, in the module's order. Raises ModelError."""
-    inside = {id(module) for block in bundle.blocks for module in block.modules()}
-    linear = [
-        name for name, module in bundle.module.named_modules() if isinstance(module, nn.Linear) and id(module) in inside
-    ]
+    linear = [name for name, _ in linear_layers(bundle)]
     chosen: set[str] = set()
     wrong = []
     for target in targets:
@@ -312,21 +333,26 @@ class _Adapter(AbstractAdapter):
             return shape
         return (2 * shape[0], shape[1]) if ".lora_A." in name else (shape[0], 2 * shape[1])
 
-    def tensors(self, value: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, learned: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in self._trained.items():
-            now = value(name).view(shape)
+            now = learned(name).view(shape)
             if self._changes_base and _layer_of(name, self._maker.targets) is not None:
                 first = self._weights.read(name, 0, now.numel()).view(shape)
                 now = torch.cat([now, first]) if ".lora_A." in name else torch.cat([now, -first], dim=1)
             yield _peft_name(name), now
         for name, kept in self._tied.items():
-            yield _peft_name(name), value(kept).view(self._trained[kept])
+            yield _peft_name(name), learned(kept).view(self._trained[kept])
 
     def merged_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {plain(name): shape for name, shape in self._shapes.items()
                 if f".{_BASE}." in name or _layer_of(name, self._maker.targets) is None}  # fmt: skip
 
-    def merged(self, value: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def merged(self, learned: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        def value(name: str) -> torch.Tensor:
+            if name in self._trained:
+                return learned(name)
+            return self._weights.read(name, 0, math.prod(self._shapes[name])).float()
+
         done: set[str] = set()
         for name, shape in self._shapes.items():
             layer = _layer_of(name, self._maker.targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ def test_in_bf16_what_is_frozen_is_kept_once_and_in_bf16(small: Path, strategy: 
 LORA = ("tuning=lora", "tuning.rank=3", "tuning.alpha=12")
 
 
-def _same_start(folder: Path, *more: str) -> Callable[[Any], Any]:
+def _same_start(folder: Path, *, copy_base: bool = True) -> Callable[[Any], Any]:
     """A PEFT model of peft's own with the values that dtrain starts from."""
 
     def prepare(model: Any) -> Any:
@@ -103,7 +104,7 @@ def _same_start(folder: Path, *more: str) -> Callable[[Any], Any]:
 
         from tests.contract.small import settled
 
-        config = settled(overrides(folder, Recipe(7), *LORA, *more))
+        config = settled(overrides(folder, Recipe(7), *LORA))
         bundle = config.tuning.apply(config.model.build(folder / "model", seed=config.run.seed), seed=config.run.seed)
         assert not dist.is_initialized()
         said = dict(bundle.adapter.config) | {"inference_mode": False}
@@ -112,10 +113,45 @@ def _same_start(folder: Path, *more: str) -> Callable[[Any], Any]:
                 for name, param in bundle.module.named_parameters()}  # fmt: skip
         with torch.no_grad():
             for name, param in tuned.base_model.model.named_parameters():
-                param.copy_(mine[name])
+                if copy_base or "lora_" in name:
+                    param.copy_(mine[name])
         return tuned.base_model.model
 
     return prepare
+
+
+def _in_4_bits(folder: Path) -> Callable[[Any], Any]:
+    """The same with the linear layers of the blocks rounded to what 4 bits can say, by bitsandbytes' own layer."""
+
+    def prepare(model: Any) -> Any:
+        from bitsandbytes import functional
+
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear) and ".layers." in name:
+                    packed, state = functional.quantize_4bit(module.weight, quant_type="nf4", compress_statistics=True)
+                    module.weight.copy_(functional.dequantize_4bit(packed, state))
+        return _same_start(folder, copy_base=False)(model)
+
+    return prepare
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_qlora_is_lora_on_a_model_in_4_bits(small: Path, tmp_path: Path) -> None:
+    recipe, options = Recipe(7), ["tuning=qlora", *LORA[1:], "export.dtype=fp32"]
+    plainly = reference(small, recipe, prepare=_in_4_bits(small))
+    for strategy, size in (("ddp", 1), ("zero2", 2), ("fsdp2", 2)):
+        to = tmp_path / strategy
+        ran = run_ranks(exported, small, typed(small, recipe, strategy, *options), to, size=size)[0]
+        assert ran.losses == pytest.approx(plainly.losses, rel=1e-5)
+        assert set(ran.trained) == set(plainly.moments["exp_avg"])
+        for name in ran.trained:
+            assert difference(ran.weights[name], plainly.weights[name]) < 1e-5, name
+    merged = torch.load(to / "merged.pt", weights_only=True)
+    name = "model.layers.0.mlp.up_proj"
+    delta = 4 * plainly.weights[f"{name}.lora_B.default.weight"] @ plainly.weights[f"{name}.lora_A.default.weight"]
+    expected = plainly.weights[f"{name}.base_layer.weight"] + delta
+    assert difference(merged[f"{name}.weight"].numpy(), expected) < 1e-5
 
 
 _KEYS = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "task_type"}
@@ -150,6 +186,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "rslora": ("tuning.rslora=true", "tuning.init=gaussian"),
     "pissa": ("tuning.init=pissa",),
     "olora": ("tuning.init=olora",),
+    "ia3": ("tuning=ia3", "optim.lr=0.3"),
     "named": ("tuning.targets=[q_proj,'*.0.mlp.*']", "tuning.modules_to_save=[embed_tokens]"),
 }
 
@@ -157,7 +194,8 @@ WAYS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_every_kind_of_lora_starts_as_the_model_and_merges_and_loads(small: Path, tmp_path: Path, way: str) -> None:
     # ZeRO-2 on 2 ranks trains as one process with DDP does, and what is exported gives the trained model's logits.
-    recipe, options = Recipe(7, steps=4), [*LORA, *WAYS[way], "export.dtype=fp32"]
+    recipe, kind = Recipe(7, steps=4), () if "tuning=ia3" in WAYS[way] else LORA
+    options = [*kind, *WAYS[way], "export.dtype=fp32"]
     strategy = "fsdp2" if way == "dora" else "zero3"
     one = run_ranks(exported, small, typed(small, recipe, "ddp", *options), tmp_path / "one", size=1)[0]
     two = run_ranks(exported, small, typed(small, recipe, strategy, *options), tmp_path / "two", size=2)[0]

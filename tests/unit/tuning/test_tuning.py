@@ -1,0 +1,150 @@
+"""What tunings refuse, what they count, and what a run proves of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.cli import run as dtrain
+from dtrain.engine.proof import Proof
+from dtrain.errors import ModelError
+from dtrain.models.base import ModelBundle
+from dtrain.plan.propose import configure
+from dtrain.strategies.base import Shard
+from tests.contract.small import make
+
+TYPED = ["model=hf", "dataset=stdlib", "train.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    make(folder)
+    return folder / "model"
+
+
+def tuned(model: Path, *typed: str) -> tuple[Any, ModelBundle]:
+    config, _ = configure([*TYPED, f"model.path={model}", *typed], None)
+    bundle = config.tuning.apply(config.model.build(model, seed=0), seed=0)
+    return config, bundle
+
+
+@pytest.mark.parametrize("typed", [
+    ["tuning=freeze", "tuning.last_layers=1"],
+    ["tuning=freeze", "tuning.last_layers=1", "tuning.norms=true", "tuning.embeddings=true"],
+    ["tuning=freeze", "tuning.last_layers=0", "tuning.head=true"],
+    ["tuning=lora", "tuning.rank=3"],
+    ["tuning=lora", "tuning.rank=3", "tuning.targets=[q_proj,'*.mlp.*']", "tuning.modules_to_save=[embed_tokens]"],
+    ["tuning=lora", "tuning.rank=3", "tuning.dora=true"],
+    ["tuning=ia3"],
+], ids=lambda typed: " ".join(typed))  # fmt: skip
+def test_the_plan_counts_what_the_model_then_has(model: Path, typed: list[str]) -> None:
+    config, bundle = tuned(model, *typed)
+    figures = config.model.figures()
+    params = list(bundle.module.parameters())
+    assert config.tuning.num_trainable(figures) == sum(p.numel() for p in params if p.requires_grad)
+    if "modules_to_save" not in " ".join(typed):
+        assert config.tuning.num_frozen(figures) == sum(p.numel() for p in params if not p.requires_grad)
+
+
+def test_what_is_added_depends_on_the_seed_and_the_name_alone(model: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.lora_A.default.weight"
+    values = []
+    for order in (1, -1):
+        _, bundle = tuned(model, "tuning=lora")
+        names = [name for name, p in bundle.module.named_parameters() if p.requires_grad][::order]
+        torch.manual_seed(order)
+        read = {one: bundle.weights.read(one, 0, bundle.module.get_parameter(one).numel()) for one in names}
+        values.append(read)
+        piece = bundle.weights.read(name, 7, 11)
+        assert torch.equal(piece, read[name][7:18])
+    assert all(torch.equal(values[0][one], values[1][one]) for one in values[0])
+    assert float(values[0][name].abs().max()) > 0
+    assert float(values[0][name.replace("lora_A", "lora_B")].abs().max()) == 0
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    (["tuning=lora", "tuning.targets=[q_prj]"], ["tuning.targets=q_prj", "matches no linear layer", "q_proj"]),
+    (["tuning=lora", "tuning.targets=[attention]"], ["tuning.targets=attention", "there are", "self_attn"]),
+    (["tuning=lora", "tuning.modules_to_save=[lm_hed]"], ["tuning.modules_to_save=lm_hed", "lm_head"]),
+    (["tuning=freeze", "tuning.patterns=['*q_prj*']"], ["tuning.patterns=*q_prj*", "matches no parameter", "q_proj"]),
+    (["tuning=freeze", "tuning.last_layers=9"], ["tuning.last_layers=9", "has 2 layers"]),
+    (["tuning=lora", "tuning.init_from=nowhere"], ["tuning.init_from=nowhere", "no adapter"]),
+])  # fmt: skip
+def test_what_the_model_has_not(model: Path, typed: list[str], said: Sequence[str]) -> None:
+    with pytest.raises(ModelError) as error:
+        tuned(model, *typed)
+    assert all(word in str(error.value) for word in said), str(error.value)
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    (["tuning=lora", "tuning.rank=0"], "tuning.rank"),
+    (["tuning=lora", "tuning.r=4"], "tuning.rank"),
+    (["tuning=lora", "tuning.targets=[]"], "tuning.targets=[]"),
+    (["tuning=lora", "tuning.dora=true", "tuning.init=pissa"], "tuning.init=pissa"),
+    (["tuning=lora", "tuning.dora=true", "strategy=zero3"], "tuning.dora=true"),
+    (["tuning=qlora", "strategy=zero3"], "tuning=qlora: the 4-bit weights are whole on every rank"),
+    (["tuning=qlora", "tuning.init=olora"], "tuning.init=olora"),
+    (["tuning=freeze", "tuning.last_layers=0"], "tuning.last_layers=0"),
+    (["tuning=ia3", "tuning.inputs=[k_proj]"], "tuning.inputs=k_proj"),
+])  # fmt: skip
+def test_refused_before_anything_starts(model: Path, typed: list[str], said: str, capsys: Any) -> None:
+    assert dtrain(["plan", *TYPED, f"model.path={model}", "device=cpu", "launcher.procs=2", *typed]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_bitsandbytes_that_is_missing(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    typed = [*TYPED, f"model.path={model}", "device=cpu", "launcher.procs=2", "tuning=qlora", "strategy=zero2"]
+    assert dtrain(["plan", *typed]) == 2
+    assert "bitsandbytes is not installed" in capsys.readouterr().err
+
+
+class _Comm:
+    rank, size = 0, 1
+
+    def max(self, values: list[float]) -> list[float]:
+        return values
+
+
+@dataclasses.dataclass
+class _Strategy:
+    moments: dict[str, torch.Tensor]
+    kept: dict[str, torch.Tensor]
+
+    def shards(self) -> Iterator[Shard]:
+        for name, moment in self.moments.items():
+            yield Shard(name, (len(moment),), 0, {"weight": torch.ones_like(moment), "exp_avg": moment})
+
+    def frozen_shards(self) -> Iterator[Shard]:
+        for name, value in self.kept.items():
+            yield Shard(name, (len(value),), 0, {"weight": value})
+
+
+def test_what_gets_no_gradient_is_named() -> None:
+    strategy: Any = _Strategy({"a": torch.tensor([0.0, 1e-20]), "b": torch.zeros(3), "c": torch.zeros(2)}, {})
+    comm: Any = _Comm()
+    with pytest.raises(ModelError, match="1 of 3 trained parameters got no gradient in the first step: b"):
+        Proof(strategy, comm, ["a", "b", "c"], lambda name: name != "c").moved()
+    strategy.moments["b"][1] = math.nan
+    with pytest.raises(ModelError, match="not finite: b"):
+        Proof(strategy, comm, ["a", "b", "c"], lambda name: name != "c").moved()
+    strategy.moments["b"][1] = 1.0
+    Proof(strategy, comm, ["a", "b", "c"], lambda name: name != "c").moved()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_parameter_that_changes_is_named(dtype: torch.dtype) -> None:
+    strategy: Any = _Strategy({}, {"a": torch.arange(9, dtype=dtype), "b": torch.ones(5, dtype=dtype)})
+    comm: Any = _Comm()
+    proof = Proof(strategy, comm, [], lambda name: True)
+    proof.kept()
+    strategy.kept["a"][[2, 3]] = strategy.kept["a"][[3, 2]]
+    with pytest.raises(ModelError, match="frozen parameters have changed while others were trained, on rank 0: a;"):
+        proof.kept()
