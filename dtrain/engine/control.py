@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import final
 
+from dtrain.runs import outcomes
+
 LOOK_S = 1.0
 """How often the trigger files are looked for."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -17,9 +19,7 @@ STOP_FILE = 1001
 """Beyond the numbers of signals."""
 SPARE_S = 20.0
 """For what comes after the last save: trackers that finish, pictures, processes that end."""
-_WORDS = {TIME_LIMIT: "the time limit is near", STOP_FILE: "the file STOP"}
-BY_SCHEDULER = (*_WORDS.values(), signal.SIGUSR1.name)
-"""Reasons that come from a job's time being over rather than from a person who wants an end."""
+_WORDS = {TIME_LIMIT: outcomes.TIME_LIMIT, STOP_FILE: outcomes.STOP_FILE}
 
 
 @final

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from dtrain.runs.files import last_json
 from dtrain.runs.folder import RunDir
+from dtrain.runs.outcomes import BY_SCHEDULER
 
-State = Literal["running", "done", "failed", "stopped", "died", "new"]
+State = Literal["queued", "running", "resumed", "done", "failed", "stopped", "preempted", "died", "new"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,7 +20,9 @@ class RunSummary:
     name: str
     path: Path
     state: State
-    """`died`: it was started, nobody holds it, and it left no outcome. `new`: never started."""
+    """`queued`: a scheduler has it. `resumed`: running, not for the first time. `preempted`: stopped because its time
+    was over or the scheduler said so. `died`: started, held by nobody, and without an outcome. `new`: never started.
+    """
     step: int | None
     steps: int | None
     loss: float | None
@@ -61,8 +64,13 @@ def summary(run: RunDir) -> RunSummary:
 
 def _state(run: RunDir, attempts: list[int]) -> State:
     if run.holder() is not None:
-        return "running"
+        return "resumed" if len(attempts) > 1 else "running"
+    if (last_json(run.events) or {}).get("kind") == "submitted":
+        return "queued"
     outcome = run.read_outcome(attempts[-1]) if attempts else None
-    if outcome is not None:
-        return outcome.state
-    return "died" if attempts else "new"
+    if outcome is None:
+        return "died" if attempts else "new"
+    return "preempted" if outcome.kind == "stopped" and outcome.reason in BY_SCHEDULER else outcome.state
+
+
+RUNNING = ("running", "resumed")

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from dtrain.runs.failures import Failure
 
+TIME_LIMIT, STOP_FILE = "the time limit is near", "the file STOP"
+BY_SCHEDULER = (TIME_LIMIT, STOP_FILE, "SIGUSR1")
+"""Reasons that come from a job's time being over rather than from a person who wants an end."""
 EXIT_CODES = {"done": 0, "user": 2, "stopped": 75}
 """Of `dtrain launch`; every other kind is 3."""
 

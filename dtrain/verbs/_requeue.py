@@ -25,7 +25,7 @@ def decide(run: RunDir, outcome: Outcome, max_restarts: int, say: Callable[[str]
     """Ask the batch script, where one has started this, for another start: where the time was over, or after a failure
     that may not come again.
     """
-    from dtrain.engine.control import BY_SCHEDULER
+    from dtrain.runs.outcomes import BY_SCHEDULER
 
     batch = os.environ.get("DTRAIN_BATCH")
     if batch is None:

@@ -1,30 +1,56 @@
-"""List runs, or show one: state, progress, losses, where its logs are."""
+"""List runs, show, follow, compare or stop them: state, progress, losses, what the time went into, where logs are."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import RunError
 from dtrain.runs import RunDir, RunSummary, list_runs
+from dtrain.verbs import _runs_diff as _diff
+from dtrain.verbs import _runs_stop as _stop
+from dtrain.verbs import _runs_tail as _tail
 from dtrain.verbs._table import lines, table
+
+if TYPE_CHECKING:
+    from dtrain.runs.account import Account
+
+ATTEMPTS = 8
+"""That `show` lists."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls|show")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="ls|show|tail|diff|stop")
     ls = verbs.add_parser("ls", help="every run of a folder, newest first")
     ls.add_argument("dir", nargs="?", type=Path, default=Path("runs"), help="where run folders are (runs)")
     ls.add_argument("--json", action="store_true", help="one JSON object a line")
     show = verbs.add_parser("show", help="one run in full")
-    show.add_argument("run", type=Path, help="its folder, or its name in runs/")
+    tail = verbs.add_parser("tail", help="its last steps; with -f those to come")
+    tail.add_argument("-n", "--lines", type=int, default=10, metavar="N", help="the last N steps (10)")
+    tail.add_argument("-f", "--follow", action="store_true", help="until it ends")
+    diff = verbs.add_parser("diff", help="what differs between two: configuration, data, versions, results")
+    stop = verbs.add_parser("stop", help="have it save and end")
+    stop.add_argument("--now", action="store_true", help="end it at once; what was saved before counts")
+    stop.add_argument("--wait", type=float, default=60.0, metavar="S", help="how long to wait for its end (60)")
+    for one in (show, tail, diff, stop):
+        one.add_argument("run", type=Path, help="its folder, or its name in runs/")
+    diff.add_argument("other", type=Path, help="the second one")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.verb == "ls":
         return _ls(args.dir, as_json=args.json)
-    return _show(find(args.run))
+    run = find(args.run)
+    if args.verb == "tail":
+        return _tail.tail(run, args.lines, follow=args.follow)
+    if args.verb == "diff":
+        return _diff.diff(run, find(args.other))
+    if args.verb == "stop":
+        return _stop.stop(run, now=args.now, wait_s=args.wait)
+    return _show(run)
 
 
 def find(name: Path) -> RunDir:
@@ -65,7 +91,9 @@ def _row(one: RunSummary) -> tuple[str, ...]:
 
 
 def _show(run: RunDir) -> int:
-    from dtrain.runs.listing import summary
+    from dtrain.runs.account import account
+    from dtrain.runs.listing import RUNNING, summary
+    from dtrain.trackers._words import duration
 
     one, manifest, outcome = summary(run), run.read_manifest(), run.read_outcome()
     pairs: list[tuple[str, object]] = [
@@ -75,12 +103,35 @@ def _show(run: RunDir) -> int:
     ]  # fmt: skip
     result = manifest.get("result") or {}
     pairs += [(key.replace("_", " "), f"{value:.4f}") for key, value in result.items() if isinstance(value, float)]
+    time = account(run, running=one.state in RUNNING)
+    if time is not None and time.goodput is not None:
+        pairs.append(("time", f"{duration(time.wall_s)}: {_shares(time)}"))
+        pairs += [] if time.left_s is None else [("left", duration(time.left_s))]
     if outcome is not None and outcome.message:
         pairs.append(("outcome", f"{outcome.kind}: {outcome.message}"))
     git = manifest.get("git") or {}
     if git:
         pairs.append(("git", f"{git.get('commit', '')[:12]}{' with changes' if git.get('dirty') else ''}"))
+    if one.attempts > 1:
+        pairs += [("attempt" if i == 0 else "", text) for i, text in enumerate(_attempts(manifest))]
     pairs += [("logs", run.attempt_dir(one.attempts - 1))] if one.attempts else []
     pairs += [("export", run.export)] if run.export.is_dir() else []
     print("\n".join(lines(pairs)))
     return 0
+
+
+def _shares(time: Account) -> str:
+    """Goodput first, then the rest, the largest first."""
+    rest = sorted(((seconds, name) for name, seconds in time.spent.items() if name != "steps"), reverse=True)
+    parts = [f"{time.goodput:.0%} in training steps"]
+    parts += [f"{seconds / time.wall_s:.0%} {name}" for seconds, name in rest if seconds >= 0.005 * time.wall_s]
+    return ", ".join(parts)
+
+
+def _attempts(manifest: Mapping[str, Any]) -> list[str]:
+    """The last of them, a line each."""
+    found = []
+    for one in (manifest.get("attempts") or [])[-ATTEMPTS:]:
+        how = f"{one.get('strategy')} on {one.get('size')} ranks"
+        found.append(f"{one['attempt']}: from step {one.get('first_step', 0)}, {how}: {one.get('ended', 'not ended')}")
+    return found

@@ -1,0 +1,51 @@
+"""Have a run save and end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from dtrain.errors import RunError
+
+if TYPE_CHECKING:
+    from dtrain.runs import Holder, RunDir
+
+LOOK_S = 0.2
+TWICE_S = 0.5
+"""Between two signals, for the launcher not to take them for one."""
+
+
+def stop(run: RunDir, *, now: bool, wait_s: float) -> int:
+    """Ask it, and wait for its end; the exit code is 0 where it has ended. Raises RunError where it does not run."""
+    from dtrain.runs.listing import RUNNING, summary
+
+    holder, state = run.holder(), summary(run).state
+    if holder is None or state not in RUNNING:
+        more = "; a scheduler has it: scancel its job" if state == "queued" else ""
+        raise RunError(f"{run.path}: it is {state}, so there is nothing to stop{more}")
+    _ask(run, holder, now=now)
+    deadline = time.monotonic() + wait_s
+    while run.holder() is not None:
+        if time.monotonic() > deadline:
+            print(f"{run.path}: it has not ended within {wait_s:g} s; it stops after the step that it is in, and saves")
+            return 3
+        time.sleep(LOOK_S)
+    outcome = run.read_outcome()
+    print("ended" if outcome is None else f"{outcome.kind}: {outcome.message}")
+    return 0
+
+
+def _ask(run: RunDir, holder: Holder, *, now: bool) -> None:
+    if holder.host != socket.gethostname():
+        if now:
+            raise RunError(f"--now: it runs on {holder.host}; type it there")
+        run.stop_trigger.touch()
+        print(f"{run.stop_trigger} is made: rank 0 looks for it each second; a job of a scheduler is queued again then")
+        return
+    os.kill(holder.pid, signal.SIGTERM)
+    if now:
+        time.sleep(TWICE_S)
+        os.kill(holder.pid, signal.SIGTERM)
