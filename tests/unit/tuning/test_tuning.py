@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from dtrain.models.base import ModelBundle
 from dtrain.plan.propose import configure
 from dtrain.strategies.base import Shard
 from tests.contract.small import make
+from tests.unit.tuning import table
 
 TYPED = ["model=hf", "dataset=stdlib", "train.steps=2"]
 
@@ -148,3 +150,8 @@ def test_a_frozen_parameter_that_changes_is_named(dtype: torch.dtype) -> None:
     strategy.kept["a"][[2, 3]] = strategy.kept["a"][[3, 2]]
     with pytest.raises(ModelError, match="frozen parameters have changed while others were trained, on rank 0: a;"):
         proof.kept()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_the_table_in_the_docs_is_what_the_specs_say() -> None:
+    assert table.page() == table.PAGE.read_text(encoding="utf-8"), "type `python -m tests.unit.tuning.table`"
