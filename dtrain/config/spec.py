@@ -162,6 +162,16 @@ class Parts:
     on_dry: OnDry
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a dataset that can be read without the others: what it means, the dataset knows."""
+
+    name: str = ""
+    start: int = 0
+    end: int | None = None
+    """None: to the end."""
+
+
 class DatasetSpec(AbstractSpec):
     group = "dataset"
     max_length: int
@@ -169,6 +179,9 @@ class DatasetSpec(AbstractSpec):
     on_long: OnLong
     on_bad_row: OnBadRow
     max_bad_fraction: float
+    streaming: bool
+    stream_shards: int
+    stream_buffer: int
 
     def notes(self) -> list[str]:
         """How the rows are read, found by looking at the first of them, a line each. Raises DataError."""
@@ -189,6 +202,20 @@ class DatasetSpec(AbstractSpec):
     @abstractmethod
     def digest(self) -> str:
         """A digest of all that `examples` depends on; cheap enough for every start."""
+
+    def spans(self) -> Sequence[Span]:
+        """What a stream can read by itself, in order: together all of it, each row once. Raises DataError."""
+        return (Span(),)
+
+    def read(self, span: Span) -> Iterator[Example]:
+        """The rows of a span, in order, the same each time. A row that cannot be used raises DataError at once where
+        `on_bad_row` is error, else it is there as what it is counted by.
+        """
+        return self.examples()
+
+    def told(self, source: str) -> str:
+        """The place of an example that `read` yielded, as a person looks for it: `file:line`."""
+        return source
 
 
 class ObjectiveSpec(AbstractSpec):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -48,20 +49,20 @@ def build(
     """Fill `folder` with `FILES` and `META`. `assets` has the tokenizer, `about` tells of its template; `parts`: all
     that the rows depend on; `tell` hears how far it is. Raises DataError.
     """
-    shape, examples = _peek(dataset.examples())
+    shape, examples = peek(dataset.examples())
     resolved = objective.resolve(shape)
     settled = dict(resolved.settle(example for example in dataset.examples() if not isinstance(example, Skipped)))
     if settled:
         resolved = dataclasses.replace(cast("Any", resolved), **settled)
     tokenizer = TextTokenizer.load(assets)
-    limit = Limit(dataset.max_length, _on_long(dataset, shape), resolved.keeps_targets)
+    limit = Limit(dataset.max_length, on_long(dataset, shape), resolved.keeps_targets)
     encoder = Encoder(resolved, partial(TextTokenizer.load, assets), limit, parts["run.seed"])
     with Documents(folder / "documents") as documents:
         counts = encode_all(
             examples, encoder, tokenizer, documents, bad=BadRows.of(dataset), tell=tell, size=dataset.size()
         )
         if not len(documents):
-            raise _nothing(counts)
+            raise nothing_left(counts)
         held = hold_out(documents.shares, parts["eval.fraction"])
         writer = _Writer(documents, dataset.max_length, packing=dataset.packing, tell=tell)
         num_rows = [writer.write(folder / name, chosen) for name, chosen in zip(FILES, (~held, held), strict=True)]
@@ -138,16 +139,18 @@ def hold_out(shares: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
 
     Equal texts stay on one side. Where all are equal, none is held out.
     """
+    return shares < held_below(shares, fraction)
+
+
+def held_below(shares: NDArray[np.float64], fraction: float) -> float:
+    """The share below which documents are held out, by the same rule."""
     least, most = float(shares.min()), float(shares.max())
-    held: NDArray[np.bool_] = shares < min(fraction, most)
     if fraction == 0 or least == most:
-        held[:] = False
-    elif not held.any():
-        held[:] = shares == least
-    return held
+        return 0.0
+    return max(min(fraction, most), math.nextafter(least, 1.0))
 
 
-def _peek(examples: Iterator[Example]) -> tuple[type[Example], Iterator[Example]]:
+def peek(examples: Iterator[Example]) -> tuple[type[Example], Iterator[Example]]:
     """The shape of the first example that is one, and all of them. Raises DataError where there is none."""
     seen: list[Example] = []
     for example in examples:
@@ -162,12 +165,12 @@ def _peek(examples: Iterator[Example]) -> tuple[type[Example], Iterator[Example]
     raise DataError(f"dataset: no rows at all{told}; look at what dataset.path names")
 
 
-def _nothing(counts: Counts) -> DataError:
+def nothing_left(counts: Counts) -> DataError:
     stages = ", ".join(f"{num:,} {reason}" for reason, num in counts.reasons.items())
     return DataError(f"dataset: nothing left to train on: {stages}; add rows, or raise dataset.max_length")
 
 
-def _on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
+def on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
     if dataset.on_long == "auto":
         return "split" if issubclass(shape, Text) else "truncate"
     return dataset.on_long

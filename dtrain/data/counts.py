@@ -6,7 +6,11 @@ import dataclasses
 from typing import Any, ClassVar
 
 READ = "read"
+HELD_OUT = "held out for eval"
+"""Of a stream, which leaves these out as it comes to them."""
 CUT_OFF, CUT_OFF_LEARNED = "tokens cut off", "of these to be learned"
+
+_WITHOUT_PLACE = (READ, HELD_OUT, CUT_OFF, CUT_OFF_LEARNED)
 
 
 @dataclasses.dataclass(slots=True)
@@ -22,13 +26,15 @@ class Counts:
     """The same of each file, or whatever else the examples say that they come from; those after the first thousand
     count as one."""
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Where the first of each reason are, as `file:line`; not of those that are simply read."""
+    """Where the first of each reason are, as `file:line`; not of those that are simply read
+    or held out."""
 
     def add(self, reason: str, source: str, num: int = 1) -> None:
-        """`source` is an example's: `file:line`."""
-        name, _, line = source.rpartition(":")
-        self._count(reason, name if line.isdigit() else source, num)
-        places = self.places.setdefault(reason, []) if reason not in (READ, CUT_OFF, CUT_OFF_LEARNED) else None
+        """`source` is an example's: `file:line`, `file:row N` or `file:byte N`."""
+        name, _, place = source.rpartition(":")
+        numbered = place.removeprefix("row ").removeprefix("byte ").isdigit()
+        self._count(reason, name if numbered else source, num)
+        places = self.places.setdefault(reason, []) if reason not in _WITHOUT_PLACE else None
         if places is not None and len(places) < self.kept_places and source not in places:
             places.append(source)
 

@@ -80,11 +80,11 @@ class Encoder:
                 done.refuse(example.source, error)
                 continue
             done.num_good += 1
-            share = _share(example, self.seed)
+            part = share(example, self.seed)
             for piece in pieces:
                 if piece is row or piece.targets.any():
                     rows.append(piece)
-                    shares.append(share)
+                    shares.append(part)
                 else:
                     done.counts.add("left out: no token to learn", example.source)
         if rows:
@@ -334,7 +334,8 @@ def _cut_alike(row: Row, limit: Limit, source: str, counts: Counts) -> list[Row]
     return [Row(tokens, targets, np.array([part.stop - part.start for part in kept], np.int32), row.labels)]
 
 
-def _share(example: Example, seed: int) -> float:
+def share(example: Example, seed: int) -> float:
+    """A number in [0, 1) that only the example's text and the seed decide; what is held out goes by it."""
     state = xxhash.xxh3_64(seed=seed % 2**64)
     for text in example.texts():
         state.update(text.encode())

@@ -1,11 +1,13 @@
-"""The micro-batches of one rank, by arithmetic: there is no state to save but the number of samples consumed."""
+"""The micro-batches of one rank. Of rows on disk, by arithmetic: there is no state to save but the number of samples
+consumed; of streams, see `data.streaming`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +17,42 @@ from dtrain.data.collate import collate
 from dtrain.data.places import consumed, placed
 from dtrain.data.rows import Row
 from dtrain.data.store import AbstractStore
+from dtrain.data.streaming import StreamLoader, Streams
 from dtrain.plan.batch import BatchPlan
+
+if TYPE_CHECKING:
+    from dtrain.comm import AbstractComm
 
 Ints = NDArray[np.int64]
 Collate = Callable[[Sequence[Row], Sequence[int], int], Batch]
 """The micro-batch of rows, with their ids and the padding token."""
+
+
+class AbstractLoader(Protocol):
+    """Training batches of one rank."""
+
+    line: str
+    """What is to be told of it at its start; empty where there is nothing."""
+
+    def window(self, samples: int) -> list[Batch]: ...
+
+    def epoch(self, samples: int) -> float: ...
+
+    def saved(self, samples: int, comm: AbstractComm) -> tuple[dict[str, dict[str, int]], dict[str, Any] | None]:
+        """Of each source, samples and tokens among the first so many; and what a loader that goes on from there needs
+        to be told besides. Collective.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def load(rows: AbstractStore | Streams, batch: BatchPlan, *, rank: int, seed: int, pad_id: int, samples: int,
+         state: Mapping[str, Any] | None) -> AbstractLoader:  # fmt: skip
+    """`samples`: those of the run before; `state`: what `saved` said besides. Raises DataError."""
+    if isinstance(rows, Streams):
+        return StreamLoader(rows, batch, rank=rank, pad_id=pad_id, samples=samples, state=state)
+    return Loader(rows, batch, rank=rank, seed=seed, pad_id=pad_id)
 
 
 @final
@@ -27,6 +60,8 @@ class Loader:
     """Training batches. Any place can be asked for, in any order, and gives the same batches each time; the step that
     comes next is made while the last one is computed.
     """
+
+    line = ""
 
     def __init__(self, store: AbstractStore, batch: BatchPlan, *, rank: int, seed: int, pad_id: int,
                  collate: Collate = collate) -> None:  # fmt: skip
@@ -57,6 +92,14 @@ class Loader:
     def consumed(self, samples: int) -> dict[str, dict[str, int]]:
         """Of each source, samples and tokens among the first so many samples."""
         return consumed(self._store, self._order, samples)
+
+    def saved(self, samples: int, comm: AbstractComm) -> tuple[dict[str, dict[str, int]], None]:
+        """What was consumed; there is no more to save."""
+        return self.consumed(samples), None
+
+    def close(self) -> None:
+        """End the thread, once what it is at is done."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, samples: int) -> list[Batch]:
         ids = self._order.ids(samples, self._batch.global_batch)

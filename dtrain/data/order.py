@@ -112,7 +112,16 @@ class Mixed(AbstractOrder):
         self._labels = lru_cache(maxsize=2)(self._labels_of)
 
     def ids(self, first: int, count: int) -> Ints:
-        parts = [np.empty(0, np.int64)]
+        sources, numbers = self.places(first, count)
+        found = np.empty(count, np.int64)
+        for k in np.unique(sources).tolist():
+            mine = sources == k  # whose numbers follow each other
+            found[mine] = self._sources[k].ids(int(numbers[mine][0]), int(mine.sum())) + self._offsets[k]
+        return found
+
+    def places(self, first: int, count: int) -> tuple[Ints, Ints]:
+        """The sources at places `first` to `first + count`, and how many samples of it came before each."""
+        sources, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while count > 0:
             epoch, position = divmod(first, self.num_samples)
             block, skip = divmod(position, _BLOCK)
@@ -122,11 +131,12 @@ class Mixed(AbstractOrder):
             found = np.empty(len(part), np.int64)
             for k in np.unique(part).tolist():
                 mine = part == k
-                found[mine] = self._sources[k].ids(starts[k] + int(passed[k]), int(mine.sum())) + self._offsets[k]
-            parts.append(found)
+                found[mine] = starts[k] + int(passed[k]) + np.arange(int(mine.sum()))
+            sources.append(part)
+            numbers.append(found)
             first += len(part)
             count -= len(part)
-        return np.concatenate(parts)
+        return np.concatenate(sources), np.concatenate(numbers)
 
     def before(self, place: int) -> Taken:
         epoch, position = divmod(place, self.num_samples)

@@ -32,6 +32,17 @@ def one_each(num_documents: int) -> Packing:
     return Packing(np.arange(num_documents), np.arange(num_documents + 1))
 
 
+def in_order(lengths: Ints, max_length: int) -> Packing:
+    """Fill rows of up to `max_length` tokens with documents as they come. No length may be over `max_length`."""
+    starts, room = [], 0
+    for i, length in enumerate(lengths.tolist()):
+        if length > room:
+            starts.append(i)
+            room = max_length
+        room -= length
+    return Packing(np.arange(len(lengths)), np.array([*starts, len(lengths)], np.int64))
+
+
 def pack(lengths: Ints, max_length: int) -> Packing:
     """Fill rows of up to `max_length` tokens: each document, longest first, goes where it leaves the least room.
 

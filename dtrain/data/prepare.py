@@ -27,6 +27,8 @@ from dtrain.folders import discard, remove_leftovers, whole_folder
 _VERSION = 4
 """Of the files in a folder of prepared data; another version is never read, but made anew."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_OF_STREAMS = ("streaming", "stream_shards", "stream_buffer")
+"""Keys of datasets on which rows depend that are streamed, and no others."""
 _SAY_EVERY_S = 10.0
 _COMPARED = 50
 Say = Callable[[str], None]
@@ -77,7 +79,8 @@ class _Job:
     def one(self, dataset: DatasetSpec, label: str = "") -> Prepared:
         """Of one dataset that is no mixture; `label` stands before what is said."""
         parts = self._parts(dataset)
-        final = self.cache / f"data-{_key(parts)}"
+        kind = "stream" if dataset.streaming else "data"
+        final = self.cache / f"{kind}-{_key(parts)}"
 
         def say(line: str) -> None:
             self.say(f"data: {label}{line}")
@@ -94,12 +97,13 @@ class _Job:
             remove_leftovers(self.cache)
             if problem:
                 discard(final)
-            say(f"preparing {final}: {problem or _what_changed(parts, self.cache)}")
+            say(f"preparing {final}: {problem or _what_changed(parts, self.cache, kind)}")
             self._build(final, dataset, parts, tell, say)
         return read_prepared(final, self.assets, self.objective)
 
     def _build(self, final: Path, dataset: DatasetSpec, parts: dict[str, Any], tell: Say, say: Say) -> None:
         from dtrain.data.build import build
+        from dtrain.data.head import look
 
         about = partial(describe, self.model_folder, self.assets, self.template)
         told = time.monotonic()
@@ -112,11 +116,12 @@ class _Job:
                 say(line)
 
         with whole_folder(final) as folder:
-            build(folder, dataset, self.objective, self.assets, about, parts, both)
+            (look if dataset.streaming else build)(folder, dataset, self.objective, self.assets, about, parts, both)
 
     def mixture(self, dataset: DatasetSpec, parts: Parts) -> Prepared:
         """Of each of its datasets by itself, and a folder that names them all."""
         from dtrain.data.build import write_meta
+        from dtrain.data.head import mix
 
         made: dict[str, Prepared] = {}
         for name, one in parts.datasets.items():
@@ -124,7 +129,10 @@ class _Job:
                 made[name] = self.one(one, f"{name}: ")
             except DataError as error:
                 raise DataError(f"dataset.sources.{name}: {error}") from error
-        sources = _mixed(made, parts, self.seed)
+        if dataset.streaming:
+            summed = mix(made, parts, dataset.max_length)
+        else:
+            summed = _summed(made, _mixed(made, parts, self.seed), parts, dataset.max_length)
         key = {"version": _VERSION, "rows": {name: one.dir.name for name, one in made.items()},
                "weights": dict(parts.weights), "on_dry": parts.on_dry, "run.seed": self.seed}  # fmt: skip
         final = self.cache / f"mixture-{_key(key)}"
@@ -134,8 +142,7 @@ class _Job:
             shapes = list(dict.fromkeys(shape for one in made.values() for shape in _shapes(one)))
             self.objective.among([SHAPES[shape] for shape in shapes])
             with whole_folder(final) as folder:
-                write_meta(folder, parts=key, shapes=shapes, sizes={},
-                           prepared=_summed(made, sources, parts, dataset.max_length))  # fmt: skip
+                write_meta(folder, parts=key, shapes=shapes, sizes={}, prepared=summed)
         return read_prepared(final, self.assets, self.objective)
 
     def _parts(self, dataset: DatasetSpec) -> dict[str, Any]:
@@ -239,7 +246,9 @@ def _model_folder(model: ModelSpec, dataset: DatasetSpec, cache: Path, say: Say)
 
 
 def _texts(dataset: DatasetSpec) -> Iterator[str]:
-    for example in dataset.examples():
+    from dtrain.data.head import beginning
+
+    for example in beginning(dataset) if dataset.streaming else dataset.examples():
         yield from example.texts()
 
 
@@ -251,7 +260,9 @@ def _along(path: Path, cache: Path) -> bool:
 def _values(name: str, spec: AbstractSpec) -> dict[str, Any]:
     fields = dataclasses.fields(cast("Any", spec))
     kind = f"{type(spec).__module__}.{type(spec).__qualname__}"
-    return {name: kind, **{f"{name}.{field.name}": getattr(spec, field.name) for field in fields}}
+    unused = _OF_STREAMS if not getattr(spec, "streaming", True) else ()
+    names = [field.name for field in fields if field.name not in unused]
+    return {name: kind, **{f"{name}.{each}": getattr(spec, each) for each in names}}
 
 
 def _key(parts: Mapping[str, Any]) -> str:
@@ -265,12 +276,12 @@ def _shapes(prepared: Prepared) -> list[str]:
     return shapes
 
 
-def _what_changed(parts: Mapping[str, Any], cache: Path) -> str:
+def _what_changed(parts: Mapping[str, Any], cache: Path, kind: str) -> str:
     """Against the data in the cache that is nearest, so that nobody has to guess why it is made anew."""
     now = json.loads(json.dumps(dict(parts), default=str))
     nearest: list[str] | None = None
     with contextlib.suppress(OSError):  # just removed by another process
-        metas = sorted(cache.glob(f"data-*/{META}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        metas = sorted(cache.glob(f"{kind}-*/{META}"), key=lambda path: path.stat().st_mtime, reverse=True)
         for meta in metas[:_COMPARED]:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged
                 before = json.loads(meta.read_bytes())["parts"]

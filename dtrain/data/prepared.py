@@ -6,17 +6,18 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dtrain.config.spec import ObjectiveSpec, OnDry
+from dtrain.config.spec import DatasetSpec, ObjectiveSpec, OnDry
 from dtrain.data.counts import Counts
 from dtrain.datasets.base import SHAPES
 from dtrain.errors import DataError
 
 if TYPE_CHECKING:
     from dtrain.data.store import AbstractStore
+    from dtrain.data.streaming import Streams
     from dtrain.plan.batch import BatchPlan
 
 FILES = ("train.arrow", "eval.arrow")
@@ -47,9 +48,31 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What was settled of a stream before it runs, by looking at its beginning."""
+
+    shards: int
+    asked_shards: int
+    """What the configuration says."""
+    held_below: float
+    """The share of a document below which it is held out."""
+    shape: str
+    """Of its examples."""
+    content: str
+    """The dataset's digest."""
+    whole: bool
+    """Whether its beginning was all of it."""
+    num_examples: int
+    """In the beginning, and how many of these are held out."""
+    num_held: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
+    """Of a stream, what its beginning says of it: rows, tokens and counts are of that."""
+
     dir: Path
-    """A folder with `FILES` and `META`; of a mixture with `META` only."""
+    """A folder with `FILES` and `META`; of a mixture with `META` only, of a stream without rows to train on."""
     assets: Path
     """The model's folder: config, tokenizer with the chat template of the run."""
     objective: ObjectiveSpec
@@ -80,11 +103,20 @@ class Prepared:
     sources: tuple[Source, ...] = ()
     """Of a mixture."""
     on_dry: OnDry | None = None
+    streams: Mapping[str, Facts] = dataclasses.field(default_factory=dict)
+    """Of what is streamed, by the names of the sources, or `all`."""
+
+    @property
+    def num_epoch_rows(self) -> int | None:
+        """Rows of an epoch; None where nobody has counted them."""
+        return None if any(not facts.whole for facts in self.streams.values()) else self.num_rows
 
     def lines(self) -> list[str]:
         """What a user should know of it."""
         counts = Counts(self.counts, self.by_source, self.first)
         documents = [f"data: {line}" for line in counts.lines()]
+        if self.streams:
+            return [*self.notes, *self._of_streams(), *documents]
         if self.sources:
             return [*self.notes, *self._of_mixture(), *documents]
         first = (f"data: {self.num_rows:,} rows of up to {self.max_length:,} tokens, {self.fill:.1%} full; "
@@ -96,6 +128,8 @@ class Prepared:
         """How much of what the ranks compute is padding, in words; empty where rows are packed."""
         from dtrain.data.places import padding
 
+        if self.streams:
+            return ""
         store = self.rows(FILES[0])
         if store.packed:
             return ""
@@ -104,8 +138,16 @@ class Prepared:
         return (f"data: {grouped:.1%} of what the ranks compute is padding, with rows of like length together; packed "
                 f"to {self.max_length:,} tokens nearly none would be")  # fmt: skip
 
+    def train_rows(self, dataset: DatasetSpec, seed: int) -> AbstractStore | Streams:
+        """Opened; of `dataset`, which was prepared with this seed. Raises DataError."""
+        if self.streams:
+            from dtrain.data.streaming import open_streams
+
+            return open_streams(self, dataset, seed)
+        return self.rows(FILES[0])
+
     def rows(self, name: str) -> AbstractStore:
-        """Of `FILES`, opened."""
+        """Of `FILES`, opened; of a stream only those that are held out."""
         from dtrain.data.store import MixedStore, RowStore
 
         if not self.sources:
@@ -113,6 +155,23 @@ class Prepared:
         assert self.on_dry is not None
         stores = {source.name: RowStore(self.dir.parent / source.dir / name) for source in self.sources}
         return MixedStore(stores, {source.name: source.rate for source in self.sources}, self.on_dry)
+
+    def _of_streams(self) -> list[str]:
+        lines = []
+        weights = {source.name: source.weight for source in self.sources}
+        for name, facts in self.streams.items():
+            named = f"{name}: " if self.sources else ""
+            share = f", {weights[name] / sum(weights.values()):.1%} of the tokens" if self.sources else ""
+            fewer = ""
+            if facts.shards < facts.asked_shards:
+                fewer = f" instead of {facts.asked_shards:,}, as there are only {facts.num_examples:,} documents"
+            lines.append(f"data: {named}a stream in {facts.shards:,} shard{'s' * (facts.shards > 1)}{fewer}{share}; one that is through begins "
+                         f"again, in another order")  # fmt: skip
+            lines.append(f"data: {named}{facts.num_held:,} of the first {facts.num_examples:,} documents are held out "
+                         f"for evals; others like them are left out of the training wherever they come")  # fmt: skip
+        return [*lines, f"data: tried: {self.num_rows:,} rows of up to {self.max_length:,} tokens, "
+                        f"{self.fill:.1%} full; {self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
+                        f"{self.num_eval_rows:,} rows held out"]  # fmt: skip
 
     def _of_mixture(self) -> list[str]:
         total = sum(source.weight for source in self.sources)
@@ -146,6 +205,7 @@ def read_prepared(
     meta = json.loads((folder / META).read_bytes())
     values: dict[str, Any] = dict(meta["prepared"])
     values["sources"] = tuple(Source(**source) for source in values.get("sources", ()))
+    values["streams"] = {name: Facts(**facts) for name, facts in values.get("streams", {}).items()}
     objective = objective.among([SHAPES[shape] for shape in meta["shapes"]])
     if settled := values.get("settled"):
         objective = dataclasses.replace(cast("Any", objective), **settled)

@@ -15,14 +15,30 @@ if TYPE_CHECKING:
 _ROWS = 256
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and values of each row. Raises DataError."""
+def parquet_rows(file: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and values of each row in the row groups from `start` to before `end`. Raises DataError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file, pre_buffer=False) as opened:
-            yield from _numbered(opened.iter_batches(batch_size=_ROWS))
+            groups = range(opened.num_row_groups)
+            before = sum(opened.metadata.row_group(i).num_rows for i in groups[:start])
+            yield from _numbered(opened.iter_batches(batch_size=_ROWS, row_groups=list(groups[start:end])), before)
+    except FileNotFoundError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not Parquet that can be read: {error}") from error
+
+
+def num_row_groups(file: Path) -> int:
+    """Of a Parquet file. Raises DataError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, pre_buffer=False) as opened:
+            return int(opened.num_row_groups)
     except FileNotFoundError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except (pa.ArrowException, OSError) as error:
@@ -55,8 +71,8 @@ def _batches(mapped: Any) -> Iterator[pa.RecordBatch]:
         yield reader.get_batch(i)
 
 
-def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
+def _numbered(batches: Iterator[pa.RecordBatch], number: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`number`: of the row before the first."""
     for batch in batches:
         for start in range(0, len(batch), _ROWS):
             for row in batch.slice(start, _ROWS).to_pylist():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, final
 
-from dtrain.datasets._lines import Lines, unpacked
+from dtrain.datasets._lines import Lines, placed_lines, unpacked
 from dtrain.datasets._values import kind
 from dtrain.datasets.badrows import BadRowError
 from dtrain.errors import DataError
@@ -23,15 +23,15 @@ _WRAPPERS = {"data", "rows", "examples", "instances", "items", "records", "train
 """Keys under which all rows of a file may lie."""
 
 
-def json_lines(file: Path, encoding: str, limit: int) -> Iterator[Row]:
-    """One object on each line; blank lines are none. Raises DataError."""
+def json_lines(file: Path, encoding: str, limit: int, start: int = 0, end: int | None = None) -> Iterator[Row]:
+    """One object on each line; blank lines are none. `start` and `end` as for `placed_lines`. Raises DataError."""
     with unpacked(file) as opened:
-        lines, parse = Lines(file, opened, encoding, limit), _Parser()
-        for text in lines:
-            if lines.problem:
-                yield str(lines.number), lines.problem
+        parse = _Parser()
+        for place, text, problem in placed_lines(file, opened, encoding, limit, start, end):
+            if problem:
+                yield place, problem
             elif text := text.strip():
-                yield str(lines.number), parse(text)
+                yield place, parse(text)
 
 
 def json_file(file: Path, encoding: str, limit: int) -> Iterator[Row]:

@@ -125,6 +125,11 @@ def check_encoding(name: str) -> str | None:
     return None
 
 
+def is_wide(encoding: str) -> bool:
+    """Whether a newline is more than one byte."""
+    return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+
+
 class _Recoded(io.RawIOBase):
     """UTF-8 instead of an encoding in which a newline is not one byte."""
 
@@ -161,7 +166,7 @@ class Lines:
         """`limit`: bytes of a line. Iterating raises DataError where nothing after a place can be decoded."""
         self._file, self._limit, self._encoding = file, limit, codecs.lookup(encoding).name
         self._opened, self._decoded = opened, self._encoding
-        if self._encoding.startswith(("utf-16", "utf-32")):
+        if is_wide(self._encoding):
             self._opened = cast("IO[bytes]", io.BufferedReader(_Recoded(opened, encoding), _BUFFER))
             self._decoded = "utf-8"
 
@@ -190,6 +195,34 @@ class Lines:
             self.problem = not_in(self._encoding, error)
             return data.decode(self._decoded, "replace")
         return text.removeprefix("\ufeff") if self.number == 1 else text
+
+
+def placed_lines(
+    file: Path, opened: IO[bytes], encoding: str, limit: int, start: int = 0, end: int | None = None
+) -> Iterator[tuple[str, str, BadRowError | None]]:
+    """Place, text and problem of each line that begins at byte `start` or after it, and before `end`. The place is the
+    line's number, or after another start than 0 its byte, as `byte 4096`. Only `encoding`s with newlines of one byte
+    have other starts and ends than those of the file.
+    """
+    if start:
+        opened.seek(start - 1)
+        while (rest := opened.readline(_BUFFER)) and not rest.endswith(b"\n"):
+            pass
+    lines, at = Lines(file, opened, encoding, limit), 0
+    while end is None or (at := opened.tell()) < end:
+        text = next(lines, None)
+        if text is None:
+            return
+        yield f"byte {at}" if start else str(lines.number), text, lines.problem
+
+
+def line_at(file: Path, byte: int) -> int:
+    """The number of the line that begins at this byte; reads the file up to there."""
+    number = 1
+    with unpacked(file) as opened:
+        while byte > 0 and (data := opened.read(min(byte, _BUFFER))):
+            number, byte = number + data.count(b"\n"), byte - len(data)
+    return number
 
 
 def not_in(encoding: str, error: UnicodeDecodeError, what: str = "line") -> BadRowError:

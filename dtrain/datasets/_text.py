@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.datasets._lines import Lines, not_in, unpacked
+from dtrain.datasets._lines import Lines, not_in, placed_lines, unpacked
 from dtrain.datasets.badrows import BadRowError
 
 Unit = Literal["file", "paragraph", "line"]
@@ -17,18 +17,19 @@ _LARGE = 2**24
 _Found = Iterator[tuple[str, dict[str, Any] | BadRowError]]
 
 
-def text_rows(file: Path, encoding: str, limit: int, unit: Unit) -> _Found:
-    """Line and text of each document; blank ones are none. Raises DataError."""
+def text_rows(file: Path, encoding: str, limit: int, unit: Unit, start: int = 0, end: int | None = None) -> _Found:
+    """Line and text of each document; blank ones are none. `start` and `end`, for lines only, as for `placed_lines`.
+    Raises DataError.
+    """
     with unpacked(file) as opened:
         if unit == "file":
             document = _decoded(opened.read(limit + 1), encoding, limit)
             if isinstance(document, BadRowError) or document["text"].strip():
                 yield "1", document
         elif unit == "line":
-            lines = Lines(file, opened, encoding, limit)
-            for line in lines:
-                if lines.problem or line.strip():
-                    yield str(lines.number), lines.problem or {"text": line.rstrip("\r\n")}
+            for place, line, problem in placed_lines(file, opened, encoding, limit, start, end):
+                if problem or line.strip():
+                    yield place, problem or {"text": line.rstrip("\r\n")}
         else:
             yield from _paragraphs(Lines(file, opened, encoding, limit), limit)
 

@@ -133,6 +133,14 @@ class AbstractRows(DatasetSpec):
     """A row that cannot be used ends the command (error), or is left out and counted (skip)."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The largest share of rows that `on_bad_row=skip` leaves out; more ends the command all the same."""
+    streaming: bool = False
+    """Read, tokenise and pack while training instead of before it, for what does not fit on the disk of the cache."""
+    stream_shards: Annotated[int, Field(ge=1)] = 64
+    """Of a stream: into how many sequences it is dealt, whatever the number of ranks; each is read by one rank where
+    there are no more ranks than that. Fewer where there are less than 64 documents for each."""
+    stream_buffer: Annotated[int, Field(ge=1)] = 256
+    """Of a stream: documents of a shard that are shuffled among each other and packed together; 1 keeps the order of
+    the files."""
 
 
 def _said(messages: Messages) -> Iterator[str]:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dtrain.config.spec import spec
-from dtrain.datasets._columnar import arrow_rows, parquet_rows
+from dtrain.config.spec import Span, spec
+from dtrain.datasets._columnar import arrow_rows, num_row_groups, parquet_rows
 from dtrain.datasets._csv import csv_rows, find_delimiter
 from dtrain.datasets._find import COLUMNAR, digest, find, format_of
 from dtrain.datasets._json import json_file, json_lines
-from dtrain.datasets._lines import PACKED, check_encoding, find_encoding
+from dtrain.datasets._lines import PACKED, check_encoding, find_encoding, is_wide, line_at
 from dtrain.datasets._text import Unit, find_unit, text_rows
 from dtrain.datasets.badrows import BadRowError
 from dtrain.datasets.table import AbstractTable, Found
 from dtrain.errors import DataError
+
+_SPANS_A_SHARD = 16
+"""Of files whose lines are dealt out by bytes: so many that shards differ little in size."""
+_LEAST_BYTES, _MOST_BYTES = 2**16, 2**23
+"""Of such a span: what is read again where a stream goes on."""
+_COUNTED_BYTES = 2**32
+"""A line that begins further on is told by its byte: to count the lines before it would take too long."""
 
 
 @spec
@@ -65,11 +73,38 @@ class Files(AbstractTable):
 
     def rows(self) -> Iterator[Found]:
         files, _ = self._files()
-        texts = [file for file in files if self._format(file) == "text"]
-        unit = self._unit(texts)[0] if texts else "file"
+        unit = self._unit_of(files)
         for file in self._look_at(files):
             for place, row in self._rows_of(file, unit):
                 yield f"{file.path}:{place}", row
+
+    def spans(self) -> Sequence[Span]:
+        """Lines by bytes, Parquet by row groups; any other file as a whole."""
+        files, _ = self._files()
+        if not files:
+            return ()
+        lines = {file.path for file in self._looked_at.values() if self._in_lines(file)}
+        total = sum(path.stat().st_size for path in lines)
+        each = min(max(total // (_SPANS_A_SHARD * self.stream_shards), _LEAST_BYTES), _MOST_BYTES)
+        found = []
+        for path, file in self._looked_at.items():
+            if path in lines:
+                size = path.stat().st_size
+                found += [Span(str(path), at, min(at + each, size)) for at in range(0, size, each)]
+            elif file.format == "parquet":
+                found += [Span(str(path), i, i + 1) for i in range(num_row_groups(path))]
+            else:
+                found.append(Span(str(path)))
+        return found
+
+    def rows_in(self, span: Span) -> Iterator[Found]:
+        file = self._looked_at[Path(span.name)]
+        for place, row in self._rows_of(file, self._unit_found, span.start, span.end):
+            yield f"{file.path}:{place}", row
+
+    def told(self, source: str) -> str:
+        name, _, byte = source.rpartition(":byte ")
+        return f"{name}:{line_at(Path(name), int(byte))}" if name and int(byte) < _COUNTED_BYTES else source
 
     def size(self) -> int | None:
         files = self._files()[0]
@@ -80,21 +115,36 @@ class Files(AbstractTable):
     def digest(self) -> str:
         return digest(self._files()[0])
 
-    def _rows_of(self, file: _File, unit: Unit) -> Iterator[tuple[str, dict[str, Any] | BadRowError]]:
+    def _rows_of(self, file: _File, unit: Unit, start: int = 0,
+                 end: int | None = None) -> Iterator[tuple[str, dict[str, Any] | BadRowError]]:  # fmt: skip
         how = (file.path, file.encoding, self.max_row_bytes)
         match file.format:
             case "jsonl":
-                return json_lines(*how)
+                return json_lines(*how, start, end)
             case "json":
                 return json_file(*how)
             case "csv" | "tsv":
                 return csv_rows(*how, delimiter=file.delimiter, quote=self.quote)
             case "parquet":
-                return parquet_rows(file.path)
+                return parquet_rows(file.path, start, end)
             case "arrow":
                 return arrow_rows(file.path)
             case _:
-                return text_rows(*how, unit)
+                return text_rows(*how, unit, start, end)
+
+    @cached_property
+    def _looked_at(self) -> dict[Path, _File]:
+        """For spans, of which there are many: found out once."""
+        return {file.path: file for file in self._look_at(self._files()[0])}
+
+    @cached_property
+    def _unit_found(self) -> Unit:
+        return self._unit_of(list(self._looked_at))
+
+    def _in_lines(self, file: _File) -> bool:
+        """Whether any byte of it can be told to be in a line, and a row is a line."""
+        lines = file.format == "jsonl" or (file.format == "text" and self._unit_found == "line")
+        return lines and file.path.suffix.lower() not in PACKED and not is_wide(file.encoding)
 
     def _find(self) -> tuple[list[Path], Counter[str], list[str]]:
         names = [self.path] if isinstance(self.path, str) else self.path
@@ -124,6 +174,10 @@ class Files(AbstractTable):
         if self.delimiter != "auto":
             return "\t" if self.delimiter == "tab" else self.delimiter
         return "\t" if kind == "tsv" else find_delimiter(file, encoding, self.max_row_bytes, quote=self.quote)
+
+    def _unit_of(self, files: Sequence[Path]) -> Unit:
+        texts = [file for file in files if self._format(file) == "text"]
+        return self._unit(texts)[0] if texts else "file"
 
     def _unit(self, texts: Sequence[Path]) -> tuple[Unit, str]:
         if self.text_unit != "auto":

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.compose import nearest
-from dtrain.config.spec import spec
+from dtrain.config.spec import Span, spec
 from dtrain.datasets._find import digest, inside, is_saved
 from dtrain.datasets._values import listed, without_nulls
 from dtrain.datasets.table import AbstractTable, Found
 from dtrain.errors import DataError
 
 _ROWS = 256
+_SPANS_A_SHARD = 16
 _OFFLINE = {"OfflineModeIsEnabled", "ConnectError", "ProxyError"}
 """Errors of the libraries below that mean the same as a ConnectionError."""
 
@@ -40,28 +42,57 @@ class Hub(AbstractTable):
         return found
 
     def about(self) -> list[str]:
+        if self._fetched_on_the_way:
+            return [f"{self._place()}: {self._load().num_shards:,} files, read where they are and not kept"]
         return [f"{self._place()}: {self._load().num_rows:,} rows"]
 
     def rows(self) -> Iterator[Found]:
+        return self._rows_of(self._load(), self._place())
+
+    def spans(self) -> Sequence[Span]:
+        """Rows of what the library has on disk; files of what it fetches on the way."""
+        dataset = self._load()
+        if self._fetched_on_the_way:
+            return [Span(f"file {i + 1}", i, i + 1) for i in range(dataset.num_shards)]
+        size = dataset.num_rows
+        each = max(size // (_SPANS_A_SHARD * self.stream_shards), _ROWS)
+        return [Span("", at, min(at + each, size)) for at in range(0, size, each)]
+
+    def rows_in(self, span: Span) -> Iterator[Found]:
+        dataset = self._load()
+        if self._fetched_on_the_way:
+            one = dataset.shard(num_shards=dataset.num_shards, index=span.start)
+            return self._rows_of(one, f"{self._place()}, {span.name}")
+        return self._rows_of(dataset.select(range(span.start, span.end or 0)), self._place(), span.start)
+
+    def _rows_of(self, dataset: Any, place: str, number: int = 0) -> Iterator[Found]:
+        """`number`: of the row before the first. Raises DataError."""
         import pyarrow as pa
 
-        dataset, number = self._load(), 0
         names = _label_names(dataset)
-        for table in dataset.with_format("arrow").iter(batch_size=_ROWS):  # neither images nor sounds are decoded
-            assert isinstance(table, pa.Table)
-            for row in table.to_pylist():
-                number += 1
-                values = {name: without_nulls(value) for name, value in _named(row, names).items()}
-                yield f"{self._place()}:row {number}", values
+        try:
+            for table in dataset.with_format("arrow").iter(batch_size=_ROWS):  # neither images nor sounds are decoded
+                assert isinstance(table, pa.Table)
+                for row in table.to_pylist():
+                    number += 1
+                    values = {name: without_nulls(value) for name, value in _named(row, names).items()}
+                    yield f"{place}:row {number}", values
+        except Exception as error:  # many of its own, and of the libraries below it
+            raise DataError(f"{place}: {_why(error)}, after row {number:,}") from error
 
     def digest(self) -> str:
-        """Of the content of a folder that was saved; of what the library keeps, by its place, size and time."""
+        """Of the content of a folder that was saved; of what the library keeps, by its place, size and time; of what it
+        fetches on the way, by the versions of its files.
+        """
         import xxhash
 
         folder = Path(self.name).expanduser()
         if is_saved(folder):
             return digest(inside(folder))
         state = xxhash.xxh3_128()
+        if self._fetched_on_the_way:
+            found = self._guarded(_versions, self._named_folder(), self.subset, self.revision)
+            return xxhash.xxh3_128_hexdigest(found.encode())
         for file in sorted(each["filename"] for each in self._load().cache_files):
             stat = Path(file).stat()
             state.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
@@ -70,18 +101,29 @@ class Hub(AbstractTable):
     def _place(self) -> str:
         return f"{self.name}[{', '.join(filter(None, (self.subset, self.split)))}]"
 
+    @property
+    def _fetched_on_the_way(self) -> bool:
+        return self.streaming and not is_saved(Path(self.name).expanduser())
+
+    def _named_folder(self) -> str:
+        folder = Path(self.name).expanduser()
+        return str(folder) if folder.is_dir() else self.name
+
+    def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Raises DataError."""
+        try:
+            return call(*args)
+        except Exception as error:  # many of its own, and of the libraries below it
+            raise DataError(f"dataset.name={self.name}: {_why(error)}") from error
+
     def _load(self) -> Any:
         """Raises DataError."""
         import datasets
 
         folder = Path(self.name).expanduser()
-        try:
-            if not is_saved(folder):
-                name = str(folder) if folder.is_dir() else self.name
-                return _loaded(name, self.subset, self.split, self.revision)
-            saved = datasets.load_from_disk(str(folder))
-        except Exception as error:  # many of its own, and of the libraries below it
-            raise DataError(f"dataset.name={self.name}: {_why(error)}") from error
+        if not is_saved(folder):
+            return self._guarded(_loaded, self._named_folder(), self.subset, self.split, self.revision, self.streaming)
+        saved = self._guarded(datasets.load_from_disk, str(folder))
         there = list(saved) if isinstance(saved, datasets.DatasetDict) else [str(saved.split or "train")]
         if self.split not in there:
             raise DataError(f"dataset.split={self.split}: no such split in {folder}{nearest(self.split, there)}; there "
@@ -90,11 +132,20 @@ class Hub(AbstractTable):
 
 
 @functools.lru_cache(maxsize=8)
-def _loaded(name: str, subset: str | None, split: str, revision: str | None) -> Any:
+def _loaded(name: str, subset: str | None, split: str, revision: str | None, streaming: bool) -> Any:  # noqa: FBT001
     """Once in a process: each time asks the hub."""
     import datasets
 
-    return datasets.load_dataset(name, subset, split=split, revision=revision)
+    return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+
+
+@functools.lru_cache(maxsize=8)
+def _versions(name: str, subset: str | None, revision: str | None) -> str:
+    """Of the files: times of those that are here, revisions of those that are not."""
+    import datasets
+
+    files = datasets.load_dataset_builder(name, subset, revision=revision).config.data_files or {}
+    return json.dumps({str(split): [list(found), found.origin_metadata] for split, found in files.items()})
 
 
 def _why(error: Exception) -> str:
@@ -116,7 +167,7 @@ def _label_names(dataset: Any) -> dict[str, list[str]]:
 
     return {
         column: feature.names
-        for column, feature in dataset.features.items()
+        for column, feature in (dataset.features or {}).items()
         if isinstance(feature, datasets.ClassLabel) and feature.names
     }
 

@@ -16,7 +16,7 @@ from dtrain.datasets.base import AbstractRows, Example
 from dtrain.errors import ConfigError, DataError
 
 _COMMON = tuple(field.name for field in dataclasses.fields(AbstractRows))
-_SHARED = ("max_length", "packing")
+_SHARED = ("max_length", "packing", "streaming")
 """The same for all rows of a run."""
 
 
@@ -35,8 +35,12 @@ class Mixture(AbstractRows):
         if not self.sources:
             return ["dataset.sources: not given; name them, as in 'dataset.sources={wiki:{path:a.jsonl,weight:3},"
                     "code:{path:b.jsonl,weight:1}}'"]  # fmt: skip
-        return [*self._made[1], *(_under(name, problem) for name, one in self._made[0].items()
-                                  for problem in one.problems())]  # fmt: skip
+        found = [*self._made[1], *(_under(name, problem) for name, one in self._made[0].items()
+                                   for problem in one.problems())]  # fmt: skip
+        if self.streaming and self.on_dry != "repeat":
+            found.append(f"dataset.on_dry={self.on_dry}: where a stream ends is not known before, so its sources can "
+                         f"only start again; set dataset.on_dry=repeat, or dataset.streaming=false")  # fmt: skip
+        return found
 
     def packages(self) -> Mapping[str, str]:
         return {_under(name, key): package for name, one in self._made[0].items()

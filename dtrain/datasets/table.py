@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from pydantic import Field
 
-from dtrain.config.spec import spec
+from dtrain.config.spec import Span, spec
 from dtrain.datasets._messages import ROLES, Names
 from dtrain.datasets._rows import Reading
 from dtrain.datasets._shapes import LOOKED_AT, MESSAGE_PARTS, PARTS, Shape, look
 from dtrain.datasets._values import from_json, listed
 from dtrain.datasets.badrows import BadRowError, BadRows
-from dtrain.datasets.base import AbstractRows, Example
+from dtrain.datasets.base import AbstractRows, Example, Skipped
+from dtrain.errors import DataError
 
 Found = tuple[str, dict[str, Any] | BadRowError]
 """A row's source, as `file:line`, and its values by column, or why it has none."""
@@ -41,6 +43,10 @@ class AbstractTable(AbstractRows):
     @abstractmethod
     def about(self) -> list[str]:
         """Where the rows come from and how they are read, a line each. Raises DataError."""
+
+    def rows_in(self, span: Span) -> Iterator[Found]:
+        """Those of a span, as `rows` yields them. Raises DataError."""
+        return self.rows()
 
     def problems(self) -> list[str]:
         parts = [*PARTS, *MESSAGE_PARTS]
@@ -80,6 +86,27 @@ class AbstractTable(AbstractRows):
             if not bad.fatal:
                 yield example
         bad.check()
+
+    def read(self, span: Span) -> Iterator[Example]:
+        for source, row in self.rows_in(span):
+            try:
+                if isinstance(row, BadRowError):
+                    raise row
+                assert self._reading is not None, "a row that is none of the first"
+                example = self._reading.example(source, row)
+            except BadRowError as error:
+                if self.on_bad_row == "error":
+                    raise DataError(f"{self.told(source)}: {error}; repair or remove this row, or set "
+                                    f"dataset.on_bad_row=skip") from error  # fmt: skip
+                yield Skipped(source, error.reason, bad=True)
+                continue
+            yield example
+
+    @cached_property
+    def _reading(self) -> Reading | None:
+        """For spans, of which there are many: found out once."""
+        found = self._look()
+        return None if found is None else found[0]
 
     def _roles(self) -> list[tuple[str, str]]:
         """Each name in the rows, and the role that it is."""

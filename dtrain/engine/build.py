@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
     from dtrain.data.store import AbstractStore
+    from dtrain.data.streaming import Streams
     from dtrain.models.base import ModelBundle
     from dtrain.objectives.base import Before
     from dtrain.plan.world import World
@@ -137,7 +138,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     comm: AbstractComm,
     *,
     assets: Path,
-    rows: tuple[AbstractStore, AbstractStore],
+    rows: tuple[AbstractStore | Streams, AbstractStore],
     pad_id: int,
     resume: Reader | None = None,
     cache: Path | None = None,

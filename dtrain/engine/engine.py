@@ -12,7 +12,7 @@ import torch
 
 from dtrain.checkpoint.saver import AbstractSaver, NoSaver, Saved
 from dtrain.data.collate import collate
-from dtrain.data.loader import Collate, Loader, eval_windows
+from dtrain.data.loader import AbstractLoader, Collate, eval_windows, load
 from dtrain.engine import rng
 from dtrain.engine.control import Control, why
 from dtrain.engine.evaluate import evaluate
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dtrain.config.spec import ScheduleSpec
     from dtrain.data.batch import Batch
     from dtrain.data.store import AbstractStore
+    from dtrain.data.streaming import Streams
     from dtrain.engine.proof import Proof
     from dtrain.engine.state import Progress
     from dtrain.objectives.base import Before, Loss
@@ -95,7 +96,7 @@ class Result:
 class Engine:
     def __init__(  # noqa: PLR0913 - all that is live comes together here
                  self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-                 rows: tuple[AbstractStore, AbstractStore], *, state: State | None = None,
+                 rows: tuple[AbstractStore | Streams, AbstractStore], *, state: State | None = None,
                  begin: Begin = lambda say, at: None, proof: Proof | None = None) -> None:  # fmt: skip
         """`state`: where to go on from; `begin` is called before the first step, and makes what sees the micro-batches
         of each before their losses.
@@ -119,10 +120,12 @@ class Engine:
         self._saver = saving.saver if saving else NoSaver()
         self._save_s = saving.guess_s if saving else 0.0
         course = self._course
-        self._loader = loader = Loader(
+        self._loader = loader = load(
             self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id,
-            collate=course.collate,
+            collate=course.collate, samples=self._state.samples, state=self._state.stream,
         )  # fmt: skip
+        if loader.line:
+            self._note(loader.line)
         self._before = self._begin(self._note, lambda ids: progress.at("begin", rows=ids))
         self._agree()
         try:
@@ -140,10 +143,17 @@ class Engine:
         rescue.end()
         if self._proof:
             self._proof.kept()
+        self._state = self._with_data()
+        loader.close()
         stopped = self._stop and (self._state.step < course.steps or self._eval_due())
         return Result(self._state, why(self._stop) if stopped else None)
 
-    def _train_one(self, loader: Loader) -> None:
+    def _with_data(self) -> State:
+        """The state, with what was consumed of the data. Collective."""
+        consumed, stream = self._loader.saved(self._state.samples, self._comm)
+        return dataclasses.replace(self._state, consumed=consumed, stream=stream)
+
+    def _train_one(self, loader: AbstractLoader) -> None:
         course, state = self._course, self._state
         self._progress.at("data", state.step)
         began = time.perf_counter()
@@ -293,7 +303,7 @@ class Engine:
         for tracker in self._trackers:
             tracker.note(line)
 
-    def _report(self, lr: float, result: StepResult, began: float, data_s: float, loader: Loader) -> StepReport:
+    def _report(self, lr: float, result: StepResult, began: float, data_s: float, loader: AbstractLoader) -> StepReport:
         """Collective: one max."""
         course, state = self._course, self._state
         mem_bytes, data_s, step_s = self._agree(_memory(self._comm.device), data_s, time.perf_counter() - began)

@@ -45,6 +45,8 @@ class State:
     eval_loss: float | None = None
     consumed: Mapping[str, Mapping[str, int]] | None = None
     """Samples and tokens of each source of the data at the last save; to be read, as `samples` alone says the place."""
+    stream: Mapping[str, Any] | None = None
+    """Where each shard of streamed data was at the last save, and what became of the examples until then."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -88,7 +88,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     manifest = run.read_manifest()
     data = manifest["data"]
     prepared = read_prepared(Path(data["dir"]), Path(data["assets"]), config.objective, wait_s=SEEN_S)
-    rows = (prepared.rows(FILES[0]), prepared.rows(FILES[1]))
+    rows = (prepared.train_rows(config.dataset, config.run.seed), prepared.rows(FILES[1]))
     plain = frozen.to_plain(config)
     trackers = FanOut(spec.build(run.path, plain, stream) for spec in config.tracker.values() if comm.rank == 0)
     passed_over: list[str] = []
@@ -129,7 +129,15 @@ def _record_failure(run: RunDir, attempt: int, rank: int, error: BaseException, 
 
 def _end(run: RunDir, attempt: int, result: Result, trackers: FanOut, comm: AbstractComm) -> None:
     """Say how it ended. Collective."""
+    from dtrain.data.counts import Counts
+
     state = result.state
+    if state.stream is not None:
+        counts = Counts(dict(state.stream["counts"]))
+        if counts.reasons:
+            trackers.note(f"data: of the windows that are through, {counts.lines()[0]}")
+        if comm.rank == 0:
+            run.update_manifest(stream={"counts": counts.reasons, "consumed": dict(state.consumed or {})})
     if result.stopped is not None:
         kind, message = "stopped", f"{result.stopped}: stopped after step {state.step}"
     else:

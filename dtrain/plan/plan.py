@@ -67,7 +67,7 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     figures = config.model.figures()
     precision = _precision(config, device, machine, notes)
     problems = [*_check_length(config, figures), *_check_precision(config, device), *_check_tokens(config),
-                *config.strategy.misfits(topology, device)]  # fmt: skip
+                *_check_epochs(config), *config.strategy.misfits(topology, device)]  # fmt: skip
     if not config.strategy.candidates():
         problems += config.tuning.misfits(config.strategy, precision, device)
     if problems:
@@ -99,13 +99,14 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     )  # fmt: skip
 
 
-def num_steps(config: Config, global_batch: int, num_rows: int) -> int:
+def num_steps(config: Config, global_batch: int, num_rows: int | None) -> int:
     """Optimizer steps of the whole run, once the rows are counted: whole steps, so that the last one may go a little
     into the next epoch.
     """
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
+    assert num_rows is not None, "rows are counted where epochs are asked for"
     return max(1, math.ceil(config.train.epochs * num_rows / global_batch))
 
 
@@ -182,6 +183,13 @@ def _check_precision(config: Config, device: Device) -> list[str]:
     if config.train.precision == "fp16" and device != "cuda":
         return ["train.precision=fp16: loss scaling needs CUDA; use bf16 or fp32 on cpu"]
     return []
+
+
+def _check_epochs(config: Config) -> list[str]:
+    if not config.dataset.streaming or config.train.epochs is None:
+        return []
+    return [f"train.epochs={config.train.epochs:g}: of a stream nobody has counted the rows; set train.steps=N "
+            f"train.epochs=null, or dataset.streaming=false"]  # fmt: skip
 
 
 def _check_tokens(config: Config) -> list[str]:

@@ -12,10 +12,12 @@ from dtrain.plan.plan import Plan, num_steps
 
 
 def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], objective: ObjectiveSpec,
-           num_rows: int) -> Config:  # fmt: skip
-    """Put what the plan and the data decided in place of what was left open. Raises DataError."""
+           num_rows: int | None) -> Config:  # fmt: skip
+    """Put what the plan and the data decided in place of what was left open. `num_rows`: of an epoch, None where nobody
+    has counted them. Raises DataError.
+    """
     global_batch = plan.batch.global_batch
-    if num_rows < global_batch:
+    if num_rows is not None and num_rows < global_batch:
         raise DataError(f"batch.global_batch={global_batch}: the dataset has only {num_rows} training rows, less than "
                         f"one step takes; use at most {num_rows}, shorter rows or more data")  # fmt: skip
     strategy = config.strategy if not config.strategy.candidates() else strategies[plan.strategy]

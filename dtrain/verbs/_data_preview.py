@@ -28,10 +28,19 @@ class Shown(NamedTuple):
 
 
 def title(i: int, store: AbstractStore, part: str, row: Row) -> str:
-    num, trained, documents = len(row.tokens), row.num_targets, len(row.lengths)
     use = "train on" if part == "train" else "evaluate on"
-    return (f"row {i} of {len(store):,} to {use}{_source(i, store)}: {num:,} tokens ({trained:,} trained, "
-            f"{num - trained:,} context) in {documents:,} document{'s' if documents > 1 else ''}")  # fmt: skip
+    return f"row {i} of {len(store):,} to {use}{_source(i, store)}: {_size(row)}"
+
+
+def sample_title(i: int, row: Row) -> str:
+    """Of a stream, whose rows have no number but their place in the training."""
+    return f"sample {i} of the stream to train on: {_size(row)}"
+
+
+def _size(row: Row) -> str:
+    num, trained, documents = len(row.tokens), row.num_targets, len(row.lengths)
+    return (f"{num:,} tokens ({trained:,} trained, {num - trained:,} context) in {documents:,} "
+            f"document{'s' if documents > 1 else ''}")  # fmt: skip
 
 
 def _source(i: int, store: AbstractStore) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from dtrain.errors import UserError
 
 if TYPE_CHECKING:
+    from dtrain.config.spec import DatasetSpec
     from dtrain.data.prepare import Prepared
+    from dtrain.data.rows import Row
     from dtrain.data.store import AbstractStore
     from dtrain.data.tokenizer import TextTokenizer
 
@@ -22,6 +24,16 @@ class Opened:
     prepared: Prepared
     notes: list[str]
     """How the rows came about: all that a launch would say of them."""
+    dataset: DatasetSpec
+    seed: int
+
+    def samples(self, num: int) -> list[Row]:
+        """Of a stream, the first of the training, in its order. Raises DataError."""
+        from dtrain.data.streaming import Streams
+
+        rows = self.prepared.train_rows(self.dataset, self.seed)
+        assert isinstance(rows, Streams)
+        return list(rows.samples(num))
 
     def store(self, part: Part) -> AbstractStore:
         """Of a mixture the rows of all its sources, each once."""
@@ -55,7 +67,7 @@ def open_rows(overrides: Sequence[str], config_dir: Path | None, say: Callable[[
     for line in prepared.lines():
         note(line)
     note(f"objective: {objective(prepared)}; template={config.template.name}")
-    return Opened(prepared, notes)
+    return Opened(prepared, notes, config.dataset, config.run.seed)
 
 
 def objective(prepared: Prepared) -> str:

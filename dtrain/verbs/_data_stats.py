@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dtrain.errors import UserError
 from dtrain.verbs._table import lines
 
 if TYPE_CHECKING:
@@ -80,8 +81,13 @@ class Stats:
 
 
 def measure(opened: Opened) -> Stats:
+    """Raises UserError where the rows are not on disk."""
     import numpy as np
 
+    if opened.prepared.streams:
+        raise UserError("dataset.streaming=true: stats and checks are counted from prepared rows, and a stream has "
+                        "none; look at it by `dtrain data preview`, or set dataset.streaming=false for a part of the "
+                        "data")  # fmt: skip
     train, held_out = _rows(opened.store("train")), _rows(opened.store("eval"))
     prepared = opened.prepared
     return Stats(train, held_out, prepared.max_length, prepared.counts, prepared.by_source, prepared.first,

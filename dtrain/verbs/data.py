@@ -14,6 +14,7 @@ from dtrain.verbs._data_policy import OPTIONS, judge, limit
 from dtrain.verbs._data_rows import Part, check_target, open_rows, write
 
 if TYPE_CHECKING:
+    from dtrain.data.rows import Row
     from dtrain.verbs._data_preview import Shown
     from dtrain.verbs._data_rows import Opened
 
@@ -134,19 +135,29 @@ def _preview(args: argparse.Namespace) -> int:
 
 def _shown(opened: Opened, part: Part, *, rows: int | None, row: int | None) -> list[Shown]:
     """The rows that were asked for. Raises UserError where there are none."""
-    from dtrain.verbs._data_pieces import documents
-    from dtrain.verbs._data_preview import Shown, title
+    from dtrain.verbs._data_preview import sample_title, title
 
-    store, tokenizer, prepared = opened.store(part), opened.tokenizer(), opened.prepared
+    if opened.prepared.streams and part == "train":
+        numbers = range(rows or _ROWS) if row is None else range(row, row + 1)
+        if row is not None and row < 0:
+            raise UserError(f"--row {row}: samples are counted from 0")
+        samples = opened.samples(numbers.stop)
+        return [_show(opened, sample_title(i, samples[i]), samples[i]) for i in numbers]
+    store = opened.store(part)
     if not len(store):
         raise UserError("--eval: no rows are held out; set eval.fraction above 0, or leave --eval out")
     if row is not None and not 0 <= row < len(store):
         raise UserError(f"--row {row}: there are rows 0 to {len(store) - 1}")
+    chosen = store.first(rows or _ROWS).tolist() if row is None else [row]
+    return [_show(opened, title(i, store, part, store.row(i)), store.row(i)) for i in chosen]
+
+
+def _show(opened: Opened, title: str, row: Row) -> Shown:
+    from dtrain.verbs._data_pieces import documents
+    from dtrain.verbs._data_preview import Shown
+
+    tokenizer, prepared = opened.tokenizer(), opened.prepared
     pad = f"token {prepared.pad_id}, {tokenizer.decode([prepared.pad_id])!r}"
-    found = []
-    for i in store.first(rows or _ROWS).tolist() if row is None else [row]:
-        one = store.row(i)
-        short = prepared.max_length - len(one.tokens)
-        padding = f"{pad}, to the longest row of its micro-batch; {short:,} tokens below dataset.max_length"
-        found.append(Shown(title(i, store, part, one), one, list(documents(one, tokenizer)), padding))
-    return found
+    short = prepared.max_length - len(row.tokens)
+    padding = f"{pad}, to the longest row of its micro-batch; {short:,} tokens below dataset.max_length"
+    return Shown(title, row, list(documents(row, tokenizer)), padding)

@@ -140,7 +140,8 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
     if padding := prepared.padding(proposal.plan.batch, config.run.seed):
         say(padding)
     say(f"objective: {type(prepared.objective).__name__.lower()}")
-    return prepared, settle(config, proposal.plan, proposal.strategies, prepared.objective, prepared.num_rows)
+    return prepared, settle(config, proposal.plan, proposal.strategies, prepared.objective,
+                            prepared.num_epoch_rows)  # fmt: skip
 
 
 def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
@@ -225,7 +226,7 @@ def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prep
         name=run.name, strategy=plan.strategy, size=plan.topology.size, steps=settled.train.steps,
         topology=dataclasses.asdict(plan.topology), device=plan.device, config_digest=frozen.digest(settled),
         data={"dir": str(prepared.dir), "assets": str(prepared.assets), "digest": prepared.digest,
-              "rows": prepared.num_rows, "eval_rows": prepared.num_eval_rows, "counts": prepared.counts,
+              "rows": prepared.num_epoch_rows, "eval_rows": prepared.num_eval_rows, "counts": prepared.counts,
               "by_source": prepared.by_source, "first": prepared.first},
         identity=dict(identity), resume=[str(path) for path in start.candidates] if start else [],
         notes=list(plan.notes), **versions(),

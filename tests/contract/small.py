@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,13 @@ class Recipe:
     seed: int = 5
 
 
-def make(folder: Path, *, dropout: float = 0.0) -> None:
+def make(folder: Path, *, dropout: float = 0.0, vocab: int = VOCAB) -> None:
     """`folder/model` and `folder/{train,eval}.arrow`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=56, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1, attention_dropout=dropout,
     )  # fmt: skip
     Qwen2ForCausalLM(config).float().save_pretrained(folder / "model", max_shard_size="20KB")
@@ -82,10 +82,13 @@ def reference(
     after: Callable[[int, Any, torch.optim.Optimizer], None] = lambda done, model, optimizer: None,
     prepare: Callable[[Any], Any] = lambda model: model,
     mean_loss: Callable[[Any, list[Row]], torch.Tensor] | None = None,
+    *,
+    rows: Sequence[Row] = (),
 ) -> Trained:
     """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer.
     `prepare`: chooses what of the model is trained, and may give another in its place. `mean_loss` of a model and rows
-    is the cross-entropy of their targets where it is not given.
+    is the cross-entropy of their targets where it is not given. `rows`: those to train on in this order; where there
+    are none, `folder/train.arrow` in the order of its epochs.
     """
     mean_loss = mean_loss or _mean_loss
     from transformers import AutoModelForCausalLM
@@ -100,8 +103,11 @@ def reference(
     )  # fmt: skip
     store, losses, norms, ids = RowStore(folder / "train.arrow"), [], [], []
     for step in range(recipe.steps):
-        ids.append([int(i) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))])
-        loss = mean_loss(model, [store.row(i) for i in ids[-1]])
+        if rows:
+            ids.append(list(range(step * recipe.global_batch, (step + 1) * recipe.global_batch)))
+        else:
+            ids.append([int(i) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))])
+        loss = mean_loss(model, [rows[i] if rows else store.row(i) for i in ids[-1]])
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)))
         for group in optimizer.param_groups:
@@ -170,6 +176,23 @@ class Record:
     def note(self, line: str) -> None: ...
 
 
+def stream_in(folder: Path) -> Any:
+    """Of `folder/texts.jsonl`, in few shards of few documents; None where there is no such file."""
+    from dtrain.data.prepare import prepare
+    from dtrain.datasets.files import Files
+    from dtrain.objectives.pretrain import Pretrain
+    from dtrain.templates.jinja import Jinja
+    from tests.unit.data.fakes import FakeModel
+
+    path = folder / "texts.jsonl"
+    if not path.exists():
+        return None
+    dataset = Files(path=str(path), max_length=LENGTH, streaming=True, stream_shards=4, stream_buffer=8)
+    prepared = prepare(dataset, Pretrain(), FakeModel(), Jinja(), eval_fraction=0.0, seed=Recipe.seed,
+                       cache=folder / "cache", say=lambda line: None)  # fmt: skip
+    return prepared.train_rows(dataset, Recipe.seed)
+
+
 def settled(typed: list[str]) -> Config:
     """The configuration; nothing in it is left to settle."""
     from dtrain.config.compose import compose
@@ -188,7 +211,7 @@ def make_built(folder: Path, typed: list[str] | Config, *, resume: Any = None, c
 
     config = settled(typed) if isinstance(typed, list) else typed
     world = World.from_env("cpu")
-    rows = (RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
+    rows = (stream_in(folder) or RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
     return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0, resume=resume,
                  cache=cache)  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.config.spec import ObjectiveSpec, spec
 from dtrain.data.build import hold_out
-from dtrain.data.encode import _share
+from dtrain.data.encode import share
 from dtrain.data.prepare import Prepared, prepare
 from dtrain.data.store import RowStore
 from dtrain.data.tokenizer import TextTokenizer
@@ -234,7 +234,7 @@ def test_hold_out_by_hand():
 
 
 def test_shares_are_even():
-    shares = [_share(Text("a:1", f"text {i}"), 0) for i in range(2000)]
+    shares = [share(Text("a:1", f"text {i}"), 0) for i in range(2000)]
     assert abs(np.mean(np.array(shares) < 0.1) - 0.1) < 0.03
 
 

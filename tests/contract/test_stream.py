@@ -1,0 +1,59 @@
+"""Data that is read while training gives the model that one plain process makes of the same rows, and goes on anywhere."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from dtrain.checkpoint.manifest import folder_name
+from tests.contract.saved import rows_of, run, whole
+from tests.contract.small import Recipe, Trained, make, overrides, reference, settled, stream_in
+from tests.contract.test_equivalence import difference
+from tests.processes import run_ranks
+
+# 256 texts in 4 shards are some 110 rows a pass: the run ends in its second one.
+RECIPE = Recipe(14, steps=12)
+HALF = 6
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streamed")
+    make(folder, vocab=300)
+    with (folder / "texts.jsonl").open("w") as file:
+        for i in range(256):
+            file.write(json.dumps({"text": f"{i} " + "the cat sat " * (i * 5 % 4)}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(streamed: Path) -> Trained:
+    rows = list(stream_in(streamed).samples(RECIPE.global_batch * RECIPE.steps))
+    return reference(streamed, RECIPE, rows=rows)
+
+
+# 3 ranks share 4 shards unevenly; 5 are more than there are.
+@pytest.mark.parametrize(("before", "after"), [(("ddp", 1), ("zero2", 2)), (("zero3", 2), ("fsdp2", 3)), (("fsdp2", 3), ("ddp", 1)),
+                                               (("ddp", 2), ("ddp", 5))])  # fmt: skip
+def test_it_equals_one_plain_process_and_goes_on_on_other_ranks(
+    streamed: Path, plain: Trained, tmp_path: Path, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    ran = []
+    for (strategy, size), start in ((before, None), (after, tmp_path / folder_name(HALF))):
+        typed = overrides(
+            streamed, RECIPE, f"checkpoint.every_steps={HALF}", "checkpoint.at_end=false", f"strategy={strategy}"
+        )
+        ran.append(run_ranks(functools.partial(run, noise=False), streamed, settled(typed), tmp_path, start, size=size))
+    first, rest = ran
+    assert [sorted(ids) for ids in rows_of(first)] == plain.ids
+    assert [sorted(ids) for ids in rows_of(rest)] == plain.ids[HALF:]
+    assert first[0].losses == pytest.approx(plain.losses, rel=1e-5)
+    assert rest[0].losses == pytest.approx(plain.losses[HALF:], rel=1e-5)
+    assert rest[0].norms == pytest.approx(plain.norms[HALF:], rel=1e-5)
+    for ranks in ran:
+        last = whole(one.last for one in ranks)
+        for name, weight in plain.weights.items():
+            assert difference(last["weight"][name], weight) < 1e-5, name
