@@ -165,11 +165,14 @@ class Prepared:
             fewer = ""
             if facts.shards < facts.asked_shards:
                 fewer = f" instead of {facts.asked_shards:,}, as there are only {facts.num_examples:,} documents"
-            lines.append(f"data: {named}a stream in {facts.shards:,} shard{'s' * (facts.shards > 1)}{fewer}{share}; one that is through begins "
-                         f"again, in another order")  # fmt: skip
+            shards = f"{facts.shards:,} shard{'s' * (facts.shards > 1)}{fewer}"
+            lines.append(
+                f"data: {named}a stream in {shards}{share}; one that is through begins again, in another order"
+            )
             lines.append(f"data: {named}{facts.num_held:,} of the first {facts.num_examples:,} documents are held out "
                          f"for evals; others like them are left out of the training wherever they come")  # fmt: skip
-        return [*lines, f"data: tried: {self.num_rows:,} rows of up to {self.max_length:,} tokens, "
+        tried = "some rows of it" if self.num_epoch_rows is None else "a pass"
+        return [*lines, f"data: {tried}: {self.num_rows:,} rows of up to {self.max_length:,} tokens, "
                         f"{self.fill:.1%} full; {self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
                         f"{self.num_eval_rows:,} rows held out"]  # fmt: skip
 

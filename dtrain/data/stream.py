@@ -28,8 +28,12 @@ from dtrain.datasets.badrows import BadRows
 from dtrain.datasets.base import SHAPES, Example, Skipped
 from dtrain.errors import DataError
 
-WINDOW_CHARS = 2**20
-"""Text of a window, about: with long documents it holds fewer than `stream_buffer`."""
+WINDOW_CHARS, WINDOW_ROWS = 2**18, 32
+"""Text of a window, about, or that of so many rows if it is more: of long documents it holds fewer than
+`stream_buffer`, so that memory is bounded."""
+CHARS_A_TOKEN = 4
+FIRST_WINDOW = 1 / 8
+"""Size of the first window of the first shard, as a part of a whole one."""
 IN_ORDER_WINDOW = 256
 """Documents of a window where nothing is shuffled."""
 SPANS_A_SHARD = 4
@@ -187,12 +191,18 @@ class Shards:
         """The documents of a window; where the next begins, and whether that is the next pass."""
         place = self._at[shard]
         size = self._dataset.stream_buffer if self._dataset.stream_buffer > 1 else IN_ORDER_WINDOW
+        most = max(WINDOW_CHARS, WINDOW_ROWS * CHARS_A_TOKEN * self._dataset.max_length)
+        if place == Place():
+            # The shards' first windows are of different size, the first one's the smallest: the first step waits for
+            # little, and later on the shards do not all come to the end of a window at the same step.
+            part = FIRST_WINDOW + (1 - FIRST_WINDOW) * shard / self._facts.shards
+            size, most = max(1, int(size * part)), int(most * part)
         examples: list[Example] = []
         span, offset, chars = place.span, place.offset, 0
         for span, offset, example in self._documents[shard]:
             examples.append(example)
             chars += _chars(example)
-            if len(examples) >= size or chars >= WINDOW_CHARS:
+            if len(examples) >= size or chars >= most:
                 return examples, span, offset, False
         return examples, span, offset, True
 

@@ -309,4 +309,5 @@ def _line(streams: Streams, size: int, gone_on: int | None) -> str:
         read = "each read by one rank"
     else:
         read = f"fewer than ranks, so that all {size} read the same; dataset.stream_shards={size} or more avoids that"
-    return f"data: streaming {began}; {streams.num_shards:,} shards, {read}"
+    num = streams.num_shards
+    return f"data: streaming {began}; {num:,} shard{'s' * (num > 1)}, {read}"

@@ -43,8 +43,8 @@ def _settled(config: Config, plan: Plan) -> list[str]:
         f"run        {config.run.name} in {config.run.dir}/{config.run.name}, seed {config.run.seed}",
         f"model      {f.num_params / 1e6:,.1f} M parameters{about}, {trained}; {f.layers} layers of {f.hidden}, "
         f"vocabulary {f.vocab:,}",
-        f"data       {_dataset(config)}{', streamed' * config.dataset.streaming}: rows of up to {plan.length:,} tokens, {packed}; "
-        f"objective {_name(config.objective)}, template {config.template.name}",
+        f"data       {_dataset(config)}{', streamed' * config.dataset.streaming}: rows of up to {plan.length:,} "
+        f"tokens, {packed}; objective {_name(config.objective)}, template {config.template.name}",
         f"ranks      {t.size} on {plan.device}: {t.nodes} node{'s' * (t.nodes > 1)} x {t.procs_per_node}",
         f"strategy   {plan.strategy}, {plan.precision}{recomputed}",
         f"batch      {plan.batch.describe()}",
