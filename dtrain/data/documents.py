@@ -28,6 +28,12 @@ def coded(row: Row) -> NDArray[np.int32]:
     return codes
 
 
+def decoded(codes: NDArray[np.int32], labels: NDArray[np.int32]) -> Row:
+    """The row of `coded` documents, one after the other."""
+    edges = np.append(np.flatnonzero(codes & 2), len(codes))
+    return Row(codes >> 2, (codes & 1).astype(np.bool_), np.diff(edges).astype(np.int32), labels)
+
+
 @final
 class Documents:
     """A file to which documents are added, and from which rows are put together. Keeps 13 bytes a document in memory,
@@ -88,6 +94,4 @@ class Documents:
                  for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]  # fmt: skip
         codes = np.frombuffer(b"".join(parts), np.int32)
         assert len(codes) == lengths.sum(), (self._path, starts, lengths, len(codes))
-        edges = np.append(np.flatnonzero(codes & 2), len(codes))
-        labels = np.frombuffer(self._labels, np.int32)[which] if self._labels else _NO_LABELS
-        return Row(codes >> 2, (codes & 1).astype(np.bool_), np.diff(edges).astype(np.int32), labels)
+        return decoded(codes, np.frombuffer(self._labels, np.int32)[which] if self._labels else _NO_LABELS)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xxhash
@@ -50,9 +50,12 @@ def look(
     """As `build`, of the beginning of a stream: rows to evaluate on, and `Facts`. Raises DataError."""
     shape, examples = peek(_in_order(dataset))
     resolved, seed = objective.resolve(shape), parts["run.seed"]
+    settled = dict(resolved.settle(example for example in beginning(dataset) if not isinstance(example, Skipped)))
+    if settled:
+        resolved = dataclasses.replace(cast("Any", resolved), **settled)
     tokenizer = TextTokenizer.load(assets)
-    encoder = Encoder(resolved, partial(TextTokenizer.load, assets), Limit(dataset.max_length, on_long(dataset, shape)),
-                      seed)  # fmt: skip
+    limit = Limit(dataset.max_length, on_long(dataset, shape), resolved.keeps_targets)
+    encoder = Encoder(resolved, partial(TextTokenizer.load, assets), limit, seed)
     head = _read(examples, seed, parts["eval.fraction"], tell)
     shards = dataset.stream_shards
     if head.whole:
@@ -81,6 +84,7 @@ def look(
         "first": tried.counts.places,
         "notes": [*about(tokenizer, used=issubclass(shape, Chat | Preference | Judged)), *resolved.notes(shape)],
         "digest": xxhash.xxh3_128_hexdigest(json.dumps([parts, shards], sort_keys=True, default=str).encode()),
+        "settled": settled,
         "streams": {"all": dataclasses.asdict(facts)},
     }
     sizes = {FILES[1]: (folder / FILES[1]).stat().st_size}

@@ -5,7 +5,7 @@ consumed; of streams, see `data.streaming`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, final
 
@@ -17,6 +17,7 @@ from dtrain.data.collate import collate
 from dtrain.data.places import consumed, placed
 from dtrain.data.rows import Row
 from dtrain.data.store import AbstractStore
+from dtrain.data.streaming import Collate as Collate
 from dtrain.data.streaming import StreamLoader, Streams
 from dtrain.plan.batch import BatchPlan
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
 
 Ints = NDArray[np.int64]
-Collate = Callable[[Sequence[Row], Sequence[int], int], Batch]
-"""The micro-batch of rows, with their ids and the padding token."""
 
 
 class AbstractLoader(Protocol):
@@ -38,21 +37,35 @@ class AbstractLoader(Protocol):
 
     def epoch(self, samples: int) -> float: ...
 
-    def saved(self, samples: int, comm: AbstractComm) -> tuple[dict[str, dict[str, int]], dict[str, Any] | None]:
-        """Of each source, samples and tokens among the first so many; and what a loader that goes on from there needs
-        to be told besides. Collective.
+    def consumed(self, samples: int) -> dict[str, dict[str, int]]:
+        """Of each source, what is known to have been taken of it by the first so many samples."""
+        ...
+
+    def state(self, samples: int) -> dict[str, Any] | None:
+        """What a loader that goes on after so many samples, those of this step or of the next, has to be told: the part
+        that is the same on all ranks.
         """
+        ...
+
+    def blobs(self, samples: int) -> dict[str, bytes]:
+        """And the part that each rank has its own of."""
+        ...
+
+    def gathered(self, samples: int, comm: AbstractComm) -> dict[str, Any] | None:
+        """Both, of all ranks. Collective."""
         ...
 
     def close(self) -> None: ...
 
 
-def load(rows: AbstractStore | Streams, batch: BatchPlan, *, rank: int, seed: int, pad_id: int, samples: int,
-         state: Mapping[str, Any] | None) -> AbstractLoader:  # fmt: skip
-    """`samples`: those of the run before; `state`: what `saved` said besides. Raises DataError."""
+def load(  # noqa: PLR0913 - all that batches depend on
+    rows: AbstractStore | Streams, batch: BatchPlan, *, rank: int, seed: int, pad_id: int, collate: Collate,
+    samples: int, state: Mapping[str, Any] | None,
+) -> AbstractLoader:  # fmt: skip
+    """`samples`: those of the run before; `state`: what was `gathered` of them. Raises DataError."""
     if isinstance(rows, Streams):
-        return StreamLoader(rows, batch, rank=rank, pad_id=pad_id, samples=samples, state=state)
-    return Loader(rows, batch, rank=rank, seed=seed, pad_id=pad_id)
+        return StreamLoader(rows, batch, rank=rank, pad_id=pad_id, collate=collate, samples=samples, state=state)
+    return Loader(rows, batch, rank=rank, seed=seed, pad_id=pad_id, collate=collate)
 
 
 @final
@@ -93,9 +106,13 @@ class Loader:
         """Of each source, samples and tokens among the first so many samples."""
         return consumed(self._store, self._order, samples)
 
-    def saved(self, samples: int, comm: AbstractComm) -> tuple[dict[str, dict[str, int]], None]:
-        """What was consumed; there is no more to save."""
-        return self.consumed(samples), None
+    def state(self, samples: int) -> None:
+        """The number of samples says it all."""
+
+    def blobs(self, samples: int) -> dict[str, bytes]:
+        return {}
+
+    def gathered(self, samples: int, comm: AbstractComm) -> None: ...
 
     def close(self) -> None:
         """End the thread, once what it is at is done."""

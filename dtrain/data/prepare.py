@@ -130,7 +130,7 @@ class _Job:
             except DataError as error:
                 raise DataError(f"dataset.sources.{name}: {error}") from error
         if dataset.streaming:
-            summed = mix(made, parts, dataset.max_length)
+            summed = {**mix(made, parts, dataset.max_length), "settled": _same_settled(made)}
         else:
             summed = _summed(made, _mixed(made, parts, self.seed), parts, dataset.max_length)
         key = {"version": _VERSION, "rows": {name: one.dir.name for name, one in made.items()},

@@ -18,6 +18,7 @@ import numpy as np
 
 from dtrain.config.spec import DatasetSpec, Span
 from dtrain.data.counts import HELD_OUT, READ, Counts
+from dtrain.data.documents import decoded
 from dtrain.data.encode import Encoded, Encoder, share
 from dtrain.data.order import shuffled
 from dtrain.data.pack import in_order, one_each, pack
@@ -287,7 +288,7 @@ def rows_of(encoded: Encoded, dataset: DatasetSpec, seed: Sequence[int]) -> Iter
     for chosen in packing:
         documents = order[chosen]
         codes = np.concatenate([encoded.codes[starts[i] : starts[i] + lengths[i]] for i in documents.tolist()])
-        yield Row(codes >> 1, (codes & 1).astype(np.bool_), lengths[documents].astype(np.int32))
+        yield decoded(codes, encoded.labels[documents] if len(encoded.labels) else encoded.labels)
 
 
 def _chars(example: Example) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 Submit = Callable[[Callable[[], Window]], "Future[Window]"]
+Collate = Callable[[Sequence[Row], Sequence[int], int], "Batch"]
+"""The micro-batch of rows, with their ids and the padding token."""
+BLOB = "stream"
+"""Under which a rank's part of a checkpoint says where its shards are."""
 _ENDLESS = 2**40
 """Samples of a source in a mixture of streams, none of which ends."""
 
@@ -102,9 +106,13 @@ class Streams:
         return [(k, shard) for k, num in enumerate(self._shards) for shard in range(num)
                 if num < size or (self._first_shards[k] + shard) % size == rank]  # fmt: skip
 
+    def counts(self, samples: int) -> Sequence[int]:
+        """Of each source, how many of so many samples are its."""
+        return (samples,) if self._mixed is None else self._mixed.before(samples).counts
+
     def next_rows(self, samples: int) -> dict[tuple[int, int], int]:
         """Of each shard, by source and shard, its first row that is not among so many samples."""
-        counts = [samples] if self._mixed is None else self._mixed.before(samples).counts
+        counts = self.counts(samples)
         return {(k, shard): max(0, -((shard - counts[k]) // num))
                 for k, num in enumerate(self._shards) for shard in range(num)}  # fmt: skip
 
@@ -174,21 +182,38 @@ def _now(make: Callable[[], Window]) -> Future[Window]:
     return future
 
 
+def merged(state: Mapping[str, Any], blobs: Iterable[bytes]) -> dict[str, Any]:
+    """What `StreamLoader` goes on from, out of what its `state` said and the `blobs` of all ranks."""
+    counts = Counter(state["counts"])
+    consumed = {name: Counter(one) for name, one in state["consumed"].items()}
+    at: dict[str, list[int]] = {}
+    for said in map(json.loads, blobs):
+        counts.update(said["counts"])
+        for name, one in said["consumed"].items():
+            consumed.setdefault(name, Counter()).update(one)
+        for number, place in said["at"].items():  # several ranks may read a shard, some of them further on
+            at[number] = max(at.get(number, place), place, key=lambda one: int(one[3]))
+    return {**state, "at": at, "counts": dict(counts), "consumed": {name: dict(one) for name, one in consumed.items()}}
+
+
 @final
 class StreamLoader:
     """Training batches out of streams, step after step; the next step's are made while one is computed."""
 
-    def __init__(self, streams: Streams, batch: BatchPlan, *, rank: int, pad_id: int, samples: int = 0,
-                 state: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-        """`samples`: those of the run before. `state`: what `saved` said of them; a state of other data counts for
+    def __init__(self, streams: Streams, batch: BatchPlan, *, rank: int, pad_id: int, collate: Collate,
+                 samples: int = 0, state: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+        """`samples`: those of the run before. `state`: what was `merged` of them; that of other data counts for
         nothing, and the stream begins with its first sample. Raises DataError.
         """
         self._streams, self._batch, self._rank, self._pad_id = streams, batch, rank, pad_id
+        self._collate = collate
         goes_on = state is not None and state["data"] == streams.digest
         said: Mapping[str, Any] = {"first": samples, "at": {}, "counts": {}, "consumed": {}}
         if goes_on and state is not None:
             said = state
-        self._first, self._samples, self._before = int(said["first"]), samples, said
+        self._first, self._samples = int(said["first"]), samples
+        self._before = {"data": streams.digest, "first": self._first, "counts": dict(said["counts"]),
+                        "consumed": dict(said["consumed"])}  # fmt: skip
         self.line = _line(streams, batch.size, samples - self._first if goes_on else None)
         at = {int(number): Place(*place) for number, place in said["at"].items()}
         # Two threads: one puts batches together, and waits for the other, which tokenises.
@@ -196,10 +221,11 @@ class StreamLoader:
         self._lanes = streams.lanes(streams.read_by(rank, batch.size), at, self._reading.submit)
         self._counts = Counts()
         self._names = list(streams.sources)
-        self._consumed = {name: [0, 0] for name in streams.sources}
-        """Samples and tokens of each source on this rank since this began."""
+        self._consumed = {name: {"samples": 0, "tokens": 0} for name in streams.sources}
+        """Of each source on this rank since this began."""
         self._ahead: Future[list[Batch]] | None = None
-        self._state = self._here()
+        self._here = {samples: self._where()}
+        """By samples of the run: before the step that was taken last, and before the next."""
         for turn in streams.turns(samples - self._first, streams.num_shards):
             if (turn.source, turn.shard) in self._lanes:
                 self._lanes[turn.source, turn.shard].begin()
@@ -210,42 +236,37 @@ class StreamLoader:
         ahead = self._ahead or self._batching.submit(self._make, samples)
         batches = ahead.result()
         self._samples = samples + self._batch.global_batch
-        self._state = self._here()  # before the next step is begun
+        self._here = {samples: self._here[samples], self._samples: self._where()}  # before the next step is begun
         self._ahead = self._batching.submit(self._make, self._samples)
         return batches
 
     def epoch(self, samples: int) -> float:
         """Passes that all shards of this rank have ended."""
-        return float(min(place[0] for place in self._state["at"].values()))
+        return float(min(place[0] for place in self._here[samples]["at"].values()))
 
-    def saved(self, samples: int, comm: AbstractComm) -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
-        """Samples and tokens of each source so far, and all that another run needs to go on, on any number of ranks.
-        Collective.
-        """
-        assert samples == self._samples, (samples, self._samples)
-        total = Counts(dict(self._before["counts"]), {}, {})
-        consumed = {name: dict(self._before["consumed"].get(name, {"samples": 0, "tokens": 0}))
-                    for name in self._streams.sources}  # fmt: skip
-        at: dict[str, list[int]] = {}
-        for said in map(json.loads, comm.gather(json.dumps(self._state))):
-            for reason, num in said["counts"].items():
-                total.reasons[reason] = total.reasons.get(reason, 0) + num
-            for name, (num_samples, num_tokens) in said["consumed"].items():
-                consumed[name]["samples"] += num_samples
-                consumed[name]["tokens"] += num_tokens
-            for number, place in said["at"].items():
-                at[number] = max(at.get(number, place), place, key=lambda one: int(one[3]))
-        state = {"data": self._streams.digest, "first": self._first, "at": at, "counts": total.reasons,
-                 "consumed": consumed}  # fmt: skip
-        return consumed, state
+    def consumed(self, samples: int) -> dict[str, dict[str, int]]:
+        """Samples of each source. Their tokens are known to those alone who made them."""
+        since = self._streams.counts(samples - self._first)
+        return {name: {"samples": num} for name, num in zip(self._names, since, strict=True)}
+
+    def state(self, samples: int) -> dict[str, Any]:
+        """The same on all ranks."""
+        return self._before
+
+    def blobs(self, samples: int) -> dict[str, bytes]:
+        return {BLOB: json.dumps(self._here[samples]).encode()}
+
+    def gathered(self, samples: int, comm: AbstractComm) -> dict[str, Any]:
+        blobs = comm.gather(self.blobs(samples)[BLOB].decode())
+        return merged(self.state(samples), [blob.encode() for blob in blobs])
 
     def close(self) -> None:
         """End the threads, once what they are at is done."""
         for pool in (self._batching, self._reading):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _here(self) -> dict[str, Any]:
-        """What `saved` needs of this rank, at the end of a step."""
+    def _where(self) -> dict[str, Any]:
+        """Where this rank's shards are at the end of a step, and what came of them until then."""
         after, at = self._streams.next_rows(self._samples - self._first), {}
         for (k, shard), lane in self._lanes.items():
             number = self._streams.number(k, shard)
@@ -254,13 +275,11 @@ class StreamLoader:
                     self._counts.update(window.counts)
             lane.done.clear()
             at[str(number)] = list(dataclasses.astuple(lane.place(after[k, shard])))
-        consumed = {name: list(numbers) for name, numbers in self._consumed.items()}
+        consumed = {name: dict(numbers) for name, numbers in self._consumed.items()}
         return {"at": at, "counts": dict(self._counts.reasons), "consumed": consumed}
 
     def _make(self, samples: int) -> list[Batch]:
         """Every rank gets the same number of micro-batches, however the turns fall."""
-        from dtrain.data.collate import collate
-
         turns = self._streams.turns(samples - self._first, self._batch.global_batch)
         ranks = [self._streams.rank_of(turn, self._batch.size) for turn in turns]
         mine: list[tuple[int, Row]] = []
@@ -269,15 +288,15 @@ class StreamLoader:
                 row = self._lanes[turn.source, turn.shard].row(turn.row)
                 mine.append((samples + i, row))
                 consumed = self._consumed[self._names[turn.source]]
-                consumed[0] += 1
-                consumed[1] += len(row.tokens)
+                consumed["samples"] += 1
+                consumed["tokens"] += len(row.tokens)
         if not self._streams.packed:
             mine.sort(key=lambda one: -len(one[1].tokens))
         most = max(ranks.count(rank) for rank in set(ranks))
         num_micros = -(-most // self._batch.micro_batch)
         cuts = [i * len(mine) // num_micros for i in range(num_micros + 1)]
         parts = [mine[start:end] for start, end in pairwise(cuts)]
-        return [collate([row for _, row in part], [i for i, _ in part], self._pad_id) for part in parts]
+        return [self._collate([row for _, row in part], [i for i, _ in part], self._pad_id) for part in parts]
 
 
 def open_streams(prepared: Prepared, dataset: DatasetSpec, seed: int) -> Streams:
@@ -293,7 +312,7 @@ def open_streams(prepared: Prepared, dataset: DatasetSpec, seed: int) -> Streams
             raise DataError(f"dataset{f'.sources.{name}' * bool(rates)}: is not on {platform.node()} what it was when "
                             f"the run was prepared: all nodes must see the same files, and they may not change while "
                             f"they are read")  # fmt: skip
-        limit = Limit(one.max_length, on_long(one, SHAPES[facts.shape]))
+        limit = Limit(one.max_length, on_long(one, SHAPES[facts.shape]), prepared.objective.keeps_targets)
         encoder = Encoder(prepared.objective, partial(TextTokenizer.load, prepared.assets), limit, seed)
         sources[name] = Streamed(one, facts, encoder, rates.get(name, 1.0))
     return Streams(sources, tokenizer, prepared.digest, seed=seed)

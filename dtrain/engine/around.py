@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
     from dtrain.data.store import AbstractStore
+    from dtrain.data.streaming import Streams
     from dtrain.models.base import ModelBundle
     from dtrain.strategies.base import AbstractStrategy
 
@@ -32,7 +33,7 @@ def around(  # noqa: PLR0913 - it is all that there is
     bundle: ModelBundle,
     strategy: AbstractStrategy,
     comm: AbstractComm,
-    rows: tuple[AbstractStore, AbstractStore],
+    rows: tuple[AbstractStore | Streams, AbstractStore],
     *,
     pad_id: int,
     cache: Path,

@@ -18,6 +18,7 @@ from dtrain.checkpoint.storage import WEIGHT, file_name
 from dtrain.checkpoint.tuned import base_of
 from dtrain.config import frozen
 from dtrain.data.collate import collate
+from dtrain.data.streaming import BLOB, merged
 from dtrain.engine import rng
 from dtrain.engine.around import around
 from dtrain.engine.engine import Course, Engine
@@ -224,7 +225,11 @@ def _restore(strategy: AbstractStrategy, reader: Reader) -> State:
                 if name not in reader.manifest.parameters[shard.name].states:
                     raise CheckpointError(f"{reader.folder}: has no {name} of {shard.name}: it is of another optimizer")
                 reader.read_into(shard.name, name, shard.start, view)
-    return State.from_dict(reader.manifest.progress)
+    state = State.from_dict(reader.manifest.progress)
+    if state.stream is None:
+        return state
+    blobs = [blob for file in reader.manifest.files if (blob := reader.blobs(file).get(BLOB))]
+    return dataclasses.replace(state, stream=merged(state.stream, blobs))
 
 
 def _tied(module: nn.Module, names: Iterable[str]) -> dict[str, str]:

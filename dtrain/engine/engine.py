@@ -143,15 +143,10 @@ class Engine:
         rescue.end()
         if self._proof:
             self._proof.kept()
-        self._state = self._with_data()
+        self._state = dataclasses.replace(self._state, stream=loader.gathered(self._state.samples, self._comm))
         loader.close()
         stopped = self._stop and (self._state.step < course.steps or self._eval_due())
         return Result(self._state, why(self._stop) if stopped else None)
-
-    def _with_data(self) -> State:
-        """The state, with what was consumed of the data. Collective."""
-        consumed, stream = self._loader.saved(self._state.samples, self._comm)
-        return dataclasses.replace(self._state, consumed=consumed, stream=stream)
 
     def _train_one(self, loader: AbstractLoader) -> None:
         course, state = self._course, self._state
@@ -255,7 +250,8 @@ class Engine:
         if self._saving is None or self._saved_step == self._state.step:
             return
         self._progress.at("save", self._state.step)
-        self._saver.save(self._strategy.shards(), self._described(self._saving), rng.save(self._comm.device))
+        blobs = {**rng.save(self._comm.device), **self._loader.blobs(self._state.samples)}
+        self._saver.save(self._strategy.shards(), self._described(self._saving), blobs)
         self._saved_step, self._save_due = self._state.step, False
         self._control.saved()
 
@@ -265,7 +261,8 @@ class Engine:
             metrics["loss"] = state.last_loss
         if state.eval_step == state.step and state.eval_loss is not None:
             metrics["eval_loss"] = state.eval_loss
-        state = dataclasses.replace(state, consumed=self._loader.consumed(state.samples))
+        state = dataclasses.replace(state, consumed=self._loader.consumed(state.samples),
+                                    stream=self._loader.state(state.samples))  # fmt: skip
         return saving.describe(state, metrics)
 
     def _keep(self, drawn: Mapping[str, bytes]) -> None:
@@ -273,7 +270,8 @@ class Engine:
         self._progress.pulse("write", self._state.step, ())
         self._saver.wait()
         if self._saving is not None and self._saved_step != self._state.step:
-            self._saver.save_apart(self._strategy.shards(), self._described(self._saving), drawn)
+            blobs = {**drawn, **self._loader.blobs(self._state.samples)}
+            self._saver.save_apart(self._strategy.shards(), self._described(self._saving), blobs)
         saved = self._saver.finished()
         if saved is not None and self._saving is not None:
             self._note(saved.line())

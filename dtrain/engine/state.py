@@ -46,7 +46,7 @@ class State:
     consumed: Mapping[str, Mapping[str, int]] | None = None
     """Samples and tokens of each source of the data at the last save; to be read, as `samples` alone says the place."""
     stream: Mapping[str, Any] | None = None
-    """Where each shard of streamed data was at the last save, and what became of the examples until then."""
+    """Of streamed data, what all ranks know of it; where each shard was, the ranks' own files of a checkpoint say."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

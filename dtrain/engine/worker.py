@@ -137,7 +137,7 @@ def _end(run: RunDir, attempt: int, result: Result, trackers: FanOut, comm: Abst
         if counts.reasons:
             trackers.note(f"data: of the windows that are through, {counts.lines()[0]}")
         if comm.rank == 0:
-            run.update_manifest(stream={"counts": counts.reasons, "consumed": dict(state.consumed or {})})
+            run.update_manifest(stream={"counts": counts.reasons, "consumed": state.stream["consumed"]})
     if result.stopped is not None:
         kind, message = "stopped", f"{result.stopped}: stopped after step {state.step}"
     else:

@@ -18,6 +18,7 @@ from torch import nn
 
 from dtrain.data.batch import Batch
 from dtrain.data.store import AbstractStore
+from dtrain.data.streaming import Streams
 from dtrain.errors import ConfigError, RunError
 from dtrain.folders import whole_folder
 from dtrain.objectives._documents import LEARNED, OTHER, REFERENCE, by_document, log_probs, part, with_about
@@ -35,7 +36,8 @@ def reference(kind: Reference, around: Around, *, parts: Sequence[str] = ("",)) 
     the documents of a row, those of each part come in turn. Raises ConfigError, RunError. Collective.
     """
     if kind == "auto":
-        kind = "cached" if around.base is None else "adapters"
+        without: Reference = "copy" if isinstance(around.rows[0], Streams) else "cached"
+        kind = without if around.base is None else "adapters"
     around.say(f"objective.reference={kind}")
     if kind == "adapters":
         if around.base is None:
@@ -132,9 +134,16 @@ _NONE = np.empty(0, np.float32)
 
 
 def _tables(around: Around) -> list[_Table]:
-    """Of all rows, found where an earlier start has kept them, else computed. Collective."""
-    comm = around.comm
-    key = comm.gather(_key(around) if comm.rank == 0 else "")[0]
+    """Of all rows, found where an earlier start has kept them, else computed. Raises ConfigError, RunError.
+    Collective.
+    """
+    comm, (train_rows, held_out) = around.comm, around.rows
+    if isinstance(train_rows, Streams):
+        raise ConfigError("objective.reference=cached: with dataset.streaming=true there are no rows yet that the "
+                          "starting weights could be asked for; use objective.reference=copy, or adapters where the "
+                          "tuning has them")  # fmt: skip
+    stores = (train_rows, held_out)
+    key = comm.gather(_key(around, stores) if comm.rank == 0 else "")[0]
     final_folder = around.cache / f"reference-{key}"
     there = comm.gather(str(int(final_folder.is_dir())))[0] == "1"
     if there:
@@ -145,15 +154,15 @@ def _tables(around: Around) -> list[_Table]:
                        f"or go on with objective.reference=copy 'resume.allow=[objective.reference]', which reads the "
                        f"starting weights again")  # fmt: skip
     else:
-        _make(around, final_folder)
+        _make(around, stores, final_folder)
     _wait_for(final_folder)
     return [_Table(**load_file(final_folder / f"{name}.safetensors")) for name in _NAMES]
 
 
-def _key(around: Around) -> str:
+def _key(around: Around, stores: Sequence[AbstractStore]) -> str:
     """Of the rows and of what the model says of them."""
     files = xxhash.xxh3_128()
-    for store in around.rows:
+    for store in stores:
         for source in store.sources.values():
             with source.path.open("rb") as file:
                 while piece := file.read(1 << 24):
@@ -171,20 +180,20 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.2)
 
 
-def _make(around: Around, final_folder: Path) -> None:
+def _make(around: Around, stores: Sequence[AbstractStore], final_folder: Path) -> None:
     """Every rank looks at a share of the rows; rank 0 puts together what they found. Collective."""
     comm, began = around.comm, time.monotonic()
-    num = sum(len(store) for store in around.rows)
+    num = sum(map(len, stores))
     around.say(f"reference: the starting weights are asked for {num:,} rows, once, into {final_folder}")
     with contextlib.ExitStack() as stack:
         mine = str(stack.enter_context(whole_folder(final_folder))) if comm.rank == 0 else ""
         folder = Path(comm.gather(mine)[0])
         _wait_for(folder)
-        for name, store in zip(_NAMES, around.rows, strict=True):
+        for name, store in zip(_NAMES, stores, strict=True):
             save_file(_share(around, store, name), folder / f"{name}-{comm.rank}.safetensors")
         comm.barrier()
         if comm.rank == 0:
-            for name, store in zip(_NAMES, around.rows, strict=True):
+            for name, store in zip(_NAMES, stores, strict=True):
                 _put_together(folder, name, len(store), comm.size)
     comm.barrier()
     around.say(f"reference: done in {time.monotonic() - began:.0f} s")

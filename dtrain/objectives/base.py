@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
     from dtrain.data.batch import Batch
     from dtrain.data.store import AbstractStore
+    from dtrain.data.streaming import Streams
     from dtrain.plan.batch import BatchPlan
 
 
@@ -48,7 +49,7 @@ class Around:
     """Inside it the module is what it was before tuning; None where tuning changes the model's own weights."""
     copy: Callable[[], nn.Module]
     """A further model with the weights that training started from, whole on each rank, to be looked at only."""
-    rows: tuple[AbstractStore, AbstractStore]
+    rows: tuple[AbstractStore | Streams, AbstractStore]
     batch: BatchPlan
     pad_id: int
     assets: Path

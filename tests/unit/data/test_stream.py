@@ -9,11 +9,12 @@ import pytest
 
 from dtrain.config.spec import Span
 from dtrain.data import head, stream
+from dtrain.data.collate import collate
 from dtrain.data.order import shuffled
 from dtrain.data.prepare import prepare
 from dtrain.data.prepared import FILES, read_prepared
 from dtrain.data.stream import Along, Place, Shards
-from dtrain.data.streaming import StreamLoader, open_streams
+from dtrain.data.streaming import BLOB, StreamLoader, merged, open_streams
 from dtrain.datasets import files
 from dtrain.datasets.base import Text
 from dtrain.datasets.files import Files
@@ -67,7 +68,7 @@ class Together:
 
     def __init__(self, streams, size, batch, *, micro=2, samples=0, state=None):
         self.plan, self.samples = BatchPlan(batch, micro, size), samples
-        self.ranks = [StreamLoader(streams, self.plan, rank=rank, pad_id=PAD, samples=samples, state=state)
+        self.ranks = [StreamLoader(streams, self.plan, rank=rank, pad_id=PAD, collate=collate, samples=samples, state=state)
                       for rank in range(size)]  # fmt: skip
 
     def __enter__(self):
@@ -76,9 +77,6 @@ class Together:
     def __exit__(self, *_):
         for rank in self.ranks:
             rank.close()
-
-    def gather(self, _):
-        return [json.dumps(rank._state) for rank in self.ranks]
 
     def step(self):
         """The samples of a step by their numbers, each with its tokens and targets."""
@@ -95,10 +93,11 @@ class Together:
                 found[number] = (batch.inputs["tokens"][i].tolist(), batch.inputs["target_ids"][mine].tolist())
         return dict(sorted(found.items()))
 
-    def saved(self):
-        """Through JSON, as in a checkpoint."""
-        consumed, state = self.ranks[0].saved(self.samples, self)
-        return consumed, json.loads(json.dumps(state))
+    def saved(self, samples=None):
+        """As a checkpoint has it, and what a run goes on from that is resumed from there."""
+        samples = self.samples if samples is None else samples
+        common = json.loads(json.dumps(self.ranks[-1].state(samples)))
+        return merged(common, [rank.blobs(samples)[BLOB] for rank in self.ranks])
 
 
 def content(step):
@@ -148,7 +147,7 @@ def pieces(prepared, dataset, streams, *, of=None):
             encoded = source.encoder.encode([example], streams._tokenizer)
             starts = np.cumsum(encoded.lengths) - encoded.lengths
             found += [
-                tuple((encoded.codes[s : s + n] >> 1).tolist()) for s, n in zip(starts, encoded.lengths, strict=True)
+                tuple((encoded.codes[s : s + n] >> 2).tolist()) for s, n in zip(starts, encoded.lengths, strict=True)
             ]
     return sorted(found)
 
@@ -185,18 +184,30 @@ def test_nothing_is_repeated_or_lost_where_it_goes_on(path, tmp_path, deal):
         with Together(streams, next(sizes), 7) as ranks:
             for _ in range(stop):
                 ranks.step()
-            consumed, state = ranks.saved()
-        assert consumed["all"]["samples"] == 7 * stop
-        assert consumed["all"]["tokens"] == sum(len(t) for step in expected[:stop] for t, _ in step.values())
+            state = ranks.saved()
+        assert state["consumed"]["all"]["samples"] == 7 * stop
+        assert state["consumed"]["all"]["tokens"] == sum(len(t) for step in expected[:stop] for t, _ in step.values())
         # And once more a little later, so that a state that was gone on from is one to go on from.
         with Together(streams, next(sizes), 7, samples=7 * stop, state=state) as ranks:
             more = [content(ranks.step()) for _ in range(2)]
-            consumed, state = ranks.saved()
+            state = ranks.saved()
         assert more == expected[stop : stop + 2]
-        assert consumed["all"]["samples"] == 7 * (stop + 2)
+        assert state["consumed"]["all"]["samples"] == 7 * (stop + 2)
         size = next(sizes)
         rest = run(streams, size, 7, min(12, steps - stop - 2), samples=7 * (stop + 2), state=state)
         assert rest == expected[stop + 2 : stop + 14]
+
+
+def test_what_the_step_that_is_computed_began_with_can_be_saved_too(path, tmp_path):
+    *_, streams = make(path, tmp_path)
+    expected = run(streams, 2, 7, 12)
+    with Together(streams, 3, 7) as ranks:
+        for _ in range(9):
+            ranks.step()
+        before, after = ranks.saved(7 * 8), ranks.saved()
+    assert before["consumed"]["all"]["samples"] == 7 * 8
+    assert run(streams, 2, 7, 3, samples=7 * 8, state=before) == expected[8:11]
+    assert run(streams, 2, 7, 3, samples=7 * 9, state=after) == expected[9:]
 
 
 def test_what_it_goes_on_from_is_small_and_is_not_read_from_the_beginning(path, tmp_path, deal, monkeypatch):
@@ -204,7 +215,7 @@ def test_what_it_goes_on_from_is_small_and_is_not_read_from_the_beginning(path, 
     with Together(streams, 2, 6) as ranks:
         for _ in range(25):
             ranks.step()
-        _, state = ranks.saved()
+        state = ranks.saved()
     assert len(json.dumps(state)) < 1000
     encoded = []
     encode = type(streams.sources["all"].encoder).encode
@@ -236,7 +247,7 @@ def test_of_one_shard_without_a_shuffle_the_tokens_are_those_of_the_file(path, t
     codes = np.concatenate(
         [source.encoder.encode([example], streams._tokenizer).codes for example in dataset.examples()]
     )
-    assert np.concatenate([row.tokens for row in rows]).tolist() == (codes >> 1).tolist()
+    assert np.concatenate([row.tokens for row in rows]).tolist() == (codes >> 2).tolist()
     assert len(rows) < sum(len(row.lengths) for row in rows) * 0.8  # packed all the same
     assert all(len(row.tokens) <= LENGTH for row in rows)
 
@@ -309,14 +320,14 @@ def test_what_became_of_the_examples_is_counted_once(tmp_path):
     path.write_text("".join(text))
     *_, streams = make(path, tmp_path / "cache", on_bad_row="skip", stream_shards=3)
     with Together(streams, 2, 6) as ranks:
-        while min(place[0] for place in ranks.saved()[1]["at"].values()) < 1:
+        while min(place[0] for place in ranks.saved()["at"].values()) < 1:
             ranks.step()
-        _, state = ranks.saved()
+        state = ranks.saved()
     # Passes that are over, and what of the next is over too: shards differ a little.
     assert state["counts"]["bad, left out: `text` is empty"] in (2, 3, 4)
     assert 398 <= state["counts"]["read"] < 1.5 * 398
     with Together(streams, 1, 6, samples=ranks.samples, state=state) as again:
-        assert again.saved()[1]["counts"] == state["counts"]
+        assert again.saved()["counts"] == state["counts"]
 
 
 @pytest.mark.parametrize("deal", ["spans"], indirect=True)
@@ -360,12 +371,12 @@ def test_a_state_of_other_data_begins_the_stream(path, tmp_path):
     with Together(streams, 1, 4) as ranks:
         for _ in range(3):
             ranks.step()
-        _, state = ranks.saved()
+        state = ranks.saved()
     *_, other = make(path, tmp_path / "b", stream_buffer=20)
     fresh = [row.tokens.tolist() for row in other.samples(8)]
     with Together(other, 2, 4, samples=12, state=state) as ranks:
         found = [*ranks.step().items(), *ranks.step().items()]
-        _, state = ranks.saved()
+        state = ranks.saved()
     assert [number for number, _ in found] == list(range(12, 20))
     assert [[t for t in tokens if t != PAD] for _, (tokens, _) in found] == fresh
     assert state["first"] == 12
@@ -404,10 +415,10 @@ def test_a_mixture_is_by_weights_of_tokens_and_goes_on(tmp_path):
     with Together(streams, 3, 8) as ranks:
         for _ in range(40):
             ranks.step()
-        consumed, state = ranks.saved()
+        state = ranks.saved()
     assert run(streams, 2, 8, 20, samples=320, state=state) == expected[40:]
-    assert consumed["short"]["samples"] + consumed["long"]["samples"] == 320
-    assert sum(one["tokens"] for one in consumed.values()) == sum(
+    assert state["consumed"]["short"]["samples"] + state["consumed"]["long"]["samples"] == 320
+    assert sum(one["tokens"] for one in state["consumed"].values()) == sum(
         len(t) for step in expected[:40] for t, _ in step.values()
     )
     tokens = [0, 0]
