@@ -25,6 +25,9 @@ from dtrain.verbs._report import report
 INTERNAL = ("worker",)
 """Started by launchers, never typed."""
 
+OWN_HELP = ("launch", "plan", "rehearse")
+"""Those whose help lists all that can be chosen."""
+
 
 def run(argv: Sequence[str]) -> int:  # noqa: PLR0911 - one for each way to end
     """Exit code of `dtrain <argv>`: 0 done, 2 the user's input, 3 a rank failed, 75 stopped early on purpose."""
@@ -42,7 +45,7 @@ def run(argv: Sequence[str]) -> int:  # noqa: PLR0911 - one for each way to end
         hint = f"did you mean `{close[0]}`? " if close else ""
         return report(UserError(f"{verb}: no such verb; {hint}there are: {', '.join(shown)}"))
     module = importlib.import_module(f"dtrain.verbs.{verb}")
-    parser = _Parser(prog=f"dtrain {verb}", description=module.__doc__, add_help=verb not in ("launch", "plan"),
+    parser = _Parser(prog=f"dtrain {verb}", description=module.__doc__, add_help=verb not in OWN_HELP,
                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
     try:
         module.add(parser)

@@ -75,6 +75,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
           told: list[int]) -> None:  # fmt: skip
     from dtrain.comm import TorchComm
     from dtrain.data.prepared import FILES, read_prepared
+    from dtrain.engine import rehearsal
     from dtrain.engine.build import build
     from dtrain.trackers.fan_out import FanOut
 
@@ -88,7 +89,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     manifest = run.read_manifest()
     data = manifest["data"]
     prepared = read_prepared(Path(data["dir"]), Path(data["assets"]), config.objective, wait_s=SEEN_S)
-    rows = (prepared.train_rows(config.dataset, config.run.seed), prepared.rows(FILES[1]))
+    rows = rehearsal.worst((prepared.train_rows(config.dataset, config.run.seed), prepared.rows(FILES[1])))
     plain = frozen.to_plain(config)
     trackers = FanOut(spec.build(run.path, plain, stream) for spec in config.tracker.values() if comm.rank == 0)
     passed_over: list[str] = []
@@ -106,8 +107,8 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         run.event("training", attempt=attempt, step=first)
     try:
         saving = _saving(run, attempt, built, manifest["identity"])
-        result = built.engine.run([trackers], progress, saving, _control(run, config, comm, told),
-                                  _rescue(run, attempt, config))  # fmt: skip
+        result = built.engine.run([trackers, *rehearsal.stops(comm.rank, comm.size)], progress, saving,
+                                  _control(run, config, comm, told), _rescue(run, attempt, config))  # fmt: skip
         if result.stopped is None:
             progress.at("export")
             trackers.note(f"exporting to {run.export}")

@@ -13,6 +13,9 @@ from dtrain.runs.folder import RunDir
 MARK = "DTRAIN_RUN"
 """Set to the run folder in the environment of every process of a run, so that none is left behind."""
 
+REHEARSAL = "DTRAIN_REHEARSAL"
+"""In the environment of every rank of a rehearsal: how many steps an attempt makes."""
+
 
 def redirect(run: RunDir, attempt: int, rank: int) -> TextIO:
     """Send this process's stdout and stderr, of C libraries too, to the rank's log; returns the stdout it had."""

@@ -19,6 +19,9 @@
 | a save takes longer than the time between two | one at a time, the next is postponed and that is said; no second buffer | `test_storage.py::test_saves_on_a_slow_disk_do_not_pile_up` |
 | a rank does not see the folder of the others | said in these words | `test_storage.py`, the last two |
 | the data changed between two attempts | refused, unless allowed | `test_damage.py::test_changed_data_is_refused` |
+| memory runs out in a step, on one rank | kind oom with a hint; or the step is done again in smaller micro-batches | `test_oom.py` |
+| a rank is killed again and again | started again with growing waits, while it gets on | `test_restart.py` |
+| a rank spins, sleeps or is halted | found in time and named, with the stacks of all | `tests/ranks/test_hang.py` |
 | clocks jump, times of files lie | the step decides; durations stay true; the lock holds | `test_clocks.py` |
 
 After each: at least one complete checkpoint if there ever was one; going on gives the result of a run without the fault, to the
