@@ -227,6 +227,13 @@ class ObjectiveSpec(AbstractSpec):
     keeps_targets: ClassVar[bool] = False
     """Whether an example that is truncated loses some of what comes before its targets, rather than its end."""
 
+    learns_tokens: ClassVar[bool] = True
+    """Whether an example of which no token is a target has nothing to learn."""
+
+    def outputs(self) -> Sequence[str]:
+        """The names of a model's outputs, one number each, in place of its vocabulary; none for a language model."""
+        return ()
+
     def resolve(self, shape: type[Example]) -> ObjectiveSpec:
         """The objective to use for rows of this shape: itself, or what `auto` chooses. Raises DataError."""
         return self

@@ -69,7 +69,7 @@ class Encoder:
             done.num_bytes += sum(len(text.encode()) for text in example.texts())
             try:
                 row = next(together, None) or self.objective.encode(example, tokenizer)
-                if not row.targets.any():
+                if self.objective.learns_tokens and not row.targets.any():
                     raise BadRowError("no token to learn")
                 pieces = _fit(row, self.limit, example.source, done.counts)
             except LeftOutError as error:
@@ -82,7 +82,7 @@ class Encoder:
             done.num_good += 1
             part = share(example, self.seed)
             for piece in pieces:
-                if piece is row or piece.targets.any():
+                if piece is row or piece.targets.any() or not self.objective.learns_tokens:
                     rows.append(piece)
                     shares.append(part)
                 else:

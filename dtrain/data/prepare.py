@@ -23,6 +23,7 @@ from dtrain.data.tokenizer import tokenizer_digest
 from dtrain.datasets.base import SHAPES
 from dtrain.errors import DataError
 from dtrain.folders import discard, remove_leftovers, whole_folder
+from dtrain.models.outputs import with_outputs
 
 _VERSION = 4
 """Of the files in a folder of prepared data; another version is never read, but made anew."""
@@ -56,7 +57,10 @@ def prepare(  # noqa: PLR0913 - what the rows depend on
         job = _Job(objective, template, model_folder, with_template(model_folder, template, cache), eval_fraction, seed,
                    cache, say)  # fmt: skip
         parts = dataset.parts()
-        return job.one(dataset) if parts is None else job.mixture(dataset, parts)
+        found = job.one(dataset) if parts is None else job.mixture(dataset, parts)
+        return dataclasses.replace(
+            found, assets=with_outputs(found.assets, found.objective.outputs(), found.pad_id, cache)
+        )
     except OSError as error:
         if error.errno in _FULL or (error.filename and _along(Path(error.filename), cache)):
             raise DataError(f"run.cache={cache}: {error}; choose a folder with room that can be written") from error

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from dtrain.errors import ModelError
+from dtrain.models.outputs import has_outputs
 
 
 def generate(
@@ -19,6 +20,9 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
     from transformers.utils import logging
 
+    if (folder / "config.json").is_file() and has_outputs(folder):
+        raise ModelError(f"{folder}: the model has outputs of its own in place of a vocabulary, so it writes nothing; "
+                         f"transformers' AutoModelForSequenceClassification loads it")  # fmt: skip
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -19,6 +19,7 @@ from dtrain.models.attention.choose import choose
 from dtrain.models.attention.dense import SDPA
 from dtrain.models.attention.names import MASKED, Attention
 from dtrain.models.base import AbstractWeights, ModelBundle
+from dtrain.models.outputs import has_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 
 class CausalLM(nn.Module):
     """A decoder and its head, named as in transformers; gives the sum of the cross-entropy over targets, or the
-    log-probability of each.
+    log-probability of each, or what a head of another kind makes of the places it is to look at.
 
     Documents of a packed row do not see each other: their positions restart, and attention goes by that.
     """
 
-    def __init__(self, model: PreTrainedModel, head: Head, head_name: str) -> None:
+    def __init__(self, model: PreTrainedModel, head: nn.Module, head_name: str) -> None:
+        """`head`: a `Head`, or what takes the hidden states at some places."""
         super().__init__()
         self.decoder_name = model.base_model_prefix
         self.head_name = head_name
@@ -51,13 +53,14 @@ class CausalLM(nn.Module):
         self._lay_out = backend.lay_out
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, target_ids: torch.Tensor,
-        *, each: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
-        """fp32 scalar, or with `each` one for every target, [N]; attached to every parameter, without targets too."""
+        self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, **targets: Any
+    ) -> torch.Tensor:
+        """What the head makes of the hidden states at `target_index`, and of `targets`: with `target_ids` a fp32
+        scalar, with `each=True` besides one for every target, [N]; attached to every parameter, without targets too.
+        """
         hidden = self.decoder_module(**self._lay_out(tokens, positions)).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1])[target_index]
-        return self.get_submodule(self.head_name)(chosen, target_ids, each=each)
+        return self.get_submodule(self.head_name)(chosen, **targets)
 
 
 def build_causal(
@@ -69,18 +72,19 @@ def build_causal(
     from_scratch: bool = False,
 ) -> ModelBundle:
     """From a folder with `config.json`, and safetensors unless `from_scratch`. Parameters are fp32 and on meta,
-    buffers are real. Raises ModelError.
+    buffers are real. Where the configuration asks for outputs of its own, these take the vocabulary's place. Raises
+    ModelError.
     """
+    if has_outputs(assets):
+        from dtrain.models._scored import build_scored
+
+        return build_scored(assets, seed=seed, attention=attention, trust_remote_code=trust_remote_code,
+                            from_scratch=from_scratch)  # fmt: skip
     model = _on_meta(assets, attention, trust_remote_code=trust_remote_code)
-    name = type(model).__name__
-    stray = [key for key, _ in model.named_buffers() if key in model.state_dict()]
-    if stray:
-        raise ModelError(f"{assets}: {name} keeps state outside its parameters ({', '.join(stray[:3])}), which dtrain "
-                         f"would not save; use another architecture")  # fmt: skip
-    _refuse_converted(model, assets)
+    refuse_what_is_lost(model, assets)
     head_name, linear = _head_of(model)
     logits = _probe_logits(model, head_name)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     shapes = {key: param.shape for key, param in model.named_parameters()}
     tied = {key for key, _ in model.named_parameters(remove_duplicate=False)} - set(shapes)
     weights: AbstractWeights
@@ -124,8 +128,15 @@ def _on_meta(assets: Path, attention: Attention, *, trust_remote_code: bool) -> 
         raise ModelError(f"{assets}: transformers does not build a causal language model from config.json: {e}") from e
 
 
-def _refuse_converted(model: PreTrainedModel, assets: Path) -> None:
-    """Raise ModelError for a model whose layout transformers changes while loading: we read files as they are."""
+def refuse_what_is_lost(model: PreTrainedModel, assets: Path) -> None:
+    """Raise ModelError for a model with state that we do not save, or whose layout transformers changes while loading:
+    we read files as they are.
+    """
+    name = type(model).__name__
+    stray = [key for key, _ in model.named_buffers() if key in model.state_dict()]
+    if stray:
+        raise ModelError(f"{assets}: {name} keeps state outside its parameters ({', '.join(stray[:3])}), which dtrain "
+                         f"would not save; use another architecture")  # fmt: skip
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -146,7 +157,8 @@ def _head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     return name, head
 
 
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated layers, in order. Raises ModelError."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1:

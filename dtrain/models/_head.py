@@ -56,14 +56,14 @@ class Head(nn.Module):
         self.logits = logits
         self.rows = rows
 
-    def forward(self, hidden_NH: torch.Tensor, target_ids_N: torch.Tensor, *, each: bool = False) -> torch.Tensor:
+    def forward(self, hidden_NH: torch.Tensor, target_ids: torch.Tensor, *, each: bool = False) -> torch.Tensor:
         """The sum over targets of the cross-entropy; with `each`, the log-probability of every target, [N]. In fp32."""
         kind = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
         rows = self.rows or chunk_rows(self.weight.shape[0], kind)
         how = _How(logits=self.logits, dtype=dtype, rows=rows, train=torch.is_grad_enabled())
         function = _ChunkedLogProbs if each else _ChunkedCrossEntropy
-        return function.apply(hidden_NH, self.weight, self.bias, target_ids_N, how)
+        return function.apply(hidden_NH, self.weight, self.bias, target_ids, how)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

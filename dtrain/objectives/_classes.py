@@ -72,6 +72,13 @@ def label_loss(module: nn.Module, batch: Batch) -> Loss:
     return Loss(total, batch.num_targets, {CONFUSION: confusion(torch.stack(each, dim=1), batch.about[LABELS])})
 
 
+def output_loss(module: nn.Module, batch: Batch) -> Loss:
+    """For models with an output for each label."""
+    scores_NK, labels = module(**batch.inputs), batch.about[LABELS]
+    extras = {} if torch.is_grad_enabled() else {CONFUSION: confusion(scores_NK, labels)}
+    return Loss(nn.functional.cross_entropy(scores_NK, labels, reduction="sum"), batch.num_targets, extras)
+
+
 def confusion(scores_NK: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """[K, K] fp32: how many of each label (row) were taken for each (column), by the highest score."""
     num = scores_NK.shape[1]

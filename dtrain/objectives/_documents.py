@@ -33,6 +33,16 @@ def by_document(rows: Sequence[Row], ids: Sequence[int], pad_id: int, *, each: i
     return dataclasses.replace(batch, num_targets=num // each, about=about)
 
 
+def by_last_token(rows: Sequence[Row], ids: Sequence[int], pad_id: int, *, each: int = 1) -> Batch:
+    """The same for a model that is read at the last token of every document: its places are `target_index`."""
+    batch = by_document(rows, ids, pad_id, each=each)
+    width = batch.inputs["tokens"].shape[1]
+    last = [i * width + np.cumsum(row.lengths, dtype=np.int64) - 1 for i, row in enumerate(rows)]
+    inputs = {name: batch.inputs[name] for name in ("tokens", "positions")}
+    inputs["target_index"] = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *last]))
+    return dataclasses.replace(batch, inputs=inputs)
+
+
 def starts_of(row: Row) -> np.ndarray:
     """Where each document of a row begins."""
     return np.cumsum(row.lengths, dtype=np.int64) - row.lengths

@@ -85,6 +85,13 @@ class KTOLoss:
         return Loss((weights * (1 - values)).sum(), batch.num_targets, _summed(extras))
 
 
+def reward_loss(module: nn.Module, batch: Batch) -> Loss:
+    """For models with one output."""
+    rewards = module(**batch.inputs)[:, 0]
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    return _of_pairs(-logsigmoid(chosen - rejected), batch, chosen, rejected)
+
+
 def log_odds(log_prob: torch.Tensor) -> torch.Tensor:
     """`log(p / (1 - p))`, of the logarithm of p."""
     return log_prob - torch.log(-torch.expm1(log_prob))

@@ -264,13 +264,17 @@ def _warn_of_room(run: RunDir, settled: Config, checkpoint_bytes: int) -> None:
 
 
 def _next_steps(run: RunDir) -> str:
+    from dtrain.models.outputs import has_outputs
+
     where = shlex.quote(str(run.path))
     curve = run.path / "loss.png"
+    writes = f"dtrain generate {where} --prompt '...'   (with --chat after conversations)"
+    further = [f"dtrain runs show {where}"] if has_outputs(run.model) else [writes, f"dtrain runs show {where}"]
     return "\n".join([
         f"export     {run.export}",
         *([f"curve      {curve}"] if curve.is_file() else []),
-        f"next       dtrain generate {where} --prompt '...'   (with --chat after conversations)",
-        f"           dtrain runs show {where}",
+        f"next       {further[0]}",
+        *(f"           {one}" for one in further[1:]),
     ])  # fmt: skip
 
 

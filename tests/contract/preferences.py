@@ -168,3 +168,36 @@ def confusion(model: Any, rows: list[Row]) -> list[list[int]]:
                 found, _ = documents(model, tried)
             counts[label][int(torch.stack(found).argmax())] += 1
     return counts
+
+
+def scored(assets: Path, score: torch.Tensor) -> Any:
+    """transformers' model for sequence classification, with these outputs."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(assets, dtype=torch.float32)
+    with torch.no_grad():
+        model.score.weight.copy_(score)
+    return model
+
+
+def outputs(model: Any, rows: list[Row]) -> torch.Tensor:
+    """[documents, outputs], read at the last token of each."""
+    found = []
+    for row in rows:
+        for tokens in np.split(row.tokens, np.cumsum(row.lengths)[:-1]):
+            hidden = model.model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None]).last_hidden_state
+            found.append(model.score(hidden[0, -1]))
+    return torch.stack(found)
+
+
+def reward(model: Any, rows: list[Row]) -> torch.Tensor:
+    """Minus the mean over pairs of log sigmoid(chosen - rejected)."""
+    found = outputs(model, rows)[:, 0]
+    return -torch.log(_sigmoid(found[0::2] - found[1::2])).mean()
+
+
+def classes(model: Any, rows: list[Row]) -> torch.Tensor:
+    """The mean over texts of minus the logarithm of the label's softmax."""
+    found = torch.log(torch.softmax(outputs(model, rows), dim=-1))
+    labels = torch.tensor([int(label) for row in rows for label in row.labels])
+    return -found.gather(1, labels[:, None]).mean()

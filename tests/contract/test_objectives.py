@@ -11,15 +11,19 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from dtrain.data.store import RowStore
+from dtrain.models.outputs import with_outputs
 from tests.contract.preferences import (
     LABELS,
     OPTIONS,
+    classes,
     classification,
     confusion,
     documents,
     formula,
     make_labelled,
     make_preferences,
+    reward,
+    scored,
 )
 from tests.contract.small import Recipe, Trained, make_built, overrides, reference, train
 from tests.contract.test_equivalence import STRATEGIES, difference
@@ -184,3 +188,37 @@ def test_adapters_that_are_switched_off_are_the_reference(
         assert got.losses == pytest.approx(expected.losses, rel=1e-5)
         assert got.norms == pytest.approx(expected.norms, rel=1e-5)
     assert not (tmp_path / "none").exists()
+
+
+def _fresh_score(folder: Path) -> torch.Tensor:
+    from dtrain.models._causal import build_causal
+
+    bundle = build_causal(folder / "model", seed=RECIPE.seed)
+    shape = bundle.module.get_parameter("score.weight").shape
+    return bundle.weights.read("score.weight", 0, shape.numel()).view(shape)
+
+
+@pytest.mark.parametrize(("name", "strategy", "size"), [
+    ("reward", "zero3", 2), ("reward", "ddp", 1), ("classifier", "fsdp2", 2), ("classifier", "zero1", 2),
+])  # fmt: skip
+def test_models_with_outputs_of_their_own_are_trained_alike(
+    replies: Path, labelled: Path, tmp_path: Path, name: str, strategy: str, size: int
+) -> None:
+    data, names, loss = (replies, ["reward"], reward) if name == "reward" else (labelled, [*LABELS], classes)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "model").symlink_to(with_outputs(data / "model", names, 0, tmp_path / "cache"))
+    for one in ("train", "eval"):
+        (folder / f"{one}.arrow").symlink_to(data / f"{one}.arrow")
+    score = _fresh_score(folder)
+    assert 0.05 < float(score.std()) < 0.2, "drawn by the model's own rules, with initializer_range=0.1"
+    expected = reference(folder, RECIPE, prepare=lambda _: scored(folder / "model", score), mean_loss=loss)
+    typed = [one for one in overrides(folder, RECIPE, f"strategy={strategy}") if not one.startswith("objective=")]
+    typed += [f"objective={name}", *([f"objective.labels=[{','.join(names)}]"] if name == "classifier" else [])]
+    for got in run_ranks(train, folder, typed, size=size):
+        assert got.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert got.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert got.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
+        assert set(got.weights) == set(expected.weights)
+        for key, weight in expected.weights.items():
+            assert difference(got.weights[key], weight) < 1e-5, key
