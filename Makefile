@@ -30,8 +30,8 @@ demo: install    ## train a small model under ZeRO-3 on two processes, let it wr
 	@echo "  $(BIN)/dtrain plan +strategy=zero3 model=qwen7b device=cuda launcher.procs=8"
 
 lint: install    ## format, lint, types, layers
-	$(BIN)/ruff format --check dtrain tests bench
-	$(BIN)/ruff check dtrain tests bench
+	$(BIN)/ruff format --check dtrain tests bench examples
+	$(BIN)/ruff check dtrain tests bench examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
