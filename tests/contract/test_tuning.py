@@ -20,6 +20,9 @@ from tests.processes import run_ranks
 FREEZE = ("tuning=freeze", "tuning.last_layers=1", "tuning.norms=true", "tuning.patterns=['*layers.0.*q_proj*']")
 
 
+CELLS = pytest.mark.parametrize(("strategy", "size"), [("ddp", 1), *((name, 2) for name in STRATEGIES)])
+
+
 class Tuned(NamedTuple):
     losses: list[float]
     norms: list[float]
@@ -57,8 +60,7 @@ def frozen_plainly(small: Path) -> Any:
     return reference(small, Recipe(7), prepare=freeze)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@CELLS
 def test_frozen_parts_stay_and_the_rest_is_as_in_one_plain_process(
     small: Path, frozen_plainly: Any, strategy: str, size: int
 ) -> None:
@@ -162,8 +164,7 @@ def lora_plainly(small: Path) -> Any:
     return reference(small, Recipe(7), prepare=_same_start(small))
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@CELLS
 def test_lora_is_what_peft_makes_of_it_in_one_plain_process(
     small: Path, lora_plainly: Any, strategy: str, size: int
 ) -> None:

@@ -77,11 +77,11 @@ def test_medical_questions_with_lora(answering: Path) -> None:
 
 def test_a_booking_bot_learns_its_calls_and_not_what_the_tool_says(tmp_path: Path) -> None:
     path = DATA / "bookings.jsonl"
-    launch(tmp_path, "experiment=booking_bot", f"dataset.path={path}", *TINY, "template=chatml", "tuning=full",
+    launch(tmp_path, "experiment=booking_bot", f"dataset.path={path}", *TINY, "template=qwen", "tuning=full",
            "model.max_positions=512", "dataset.max_length=512", "train.steps=10", "optim.lr=3e-3")  # fmt: skip
     losses = [row["loss"] for row in lines(tmp_path, "booking_bot", "metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
-    shown = dtrain(tmp_path, "data", "preview", "experiment=booking_bot", f"dataset.path={path}", *TINY, "template=chatml",
+    shown = dtrain(tmp_path, "data", "preview", "experiment=booking_bot", f"dataset.path={path}", *TINY, "template=qwen",
                    "tuning=full", "model.max_positions=512", "dataset.max_length=512")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
 
