@@ -6,7 +6,7 @@ RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
 # Tests start many processes of one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo install check lint test test-fast matrix gpu-check bench clean
+.PHONY: help demo install check lint test test-fast matrix faults gpu-check bench clean
 
 help:            ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -45,6 +45,9 @@ matrix: install  ## checkpoints of every strategy and number of ranks, gone on f
 	DTRAIN_MATRIX=whole $(BIN)/python -m pytest tests/contract/test_resume.py
 
 check: lint test ## all that a change must pass
+
+faults: install  ## every fault of tests/faults, hangs, and what a cluster does; what is expected is listed in tests/faults
+	$(BIN)/python -m pytest tests/faults tests/ranks/test_hang.py tests/ranks/test_supervise.py tests/cluster
 
 gpu-check: install ## every strategy on this machine's GPUs in bf16: tokens/s, MFU, peak memory, losses that agree
 	env -u OMP_NUM_THREADS $(BIN)/python bench/gpu_check.py

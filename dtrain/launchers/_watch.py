@@ -43,7 +43,10 @@ class Watch:
         now = self._clock()
         self._awake_s += min(now - self._looked_at, NAP_S)
         self._looked_at = now
-        places = {place.rank: place for place in read(self._folder)}
+        said = read(self._folder)
+        if said is None:  # at the next look
+            return {}
+        places = {place.rank: place for place in said}
         for rank, place in places.items():
             before = self._last.get(rank)
             if before is None or (before.pid, before.count) != (place.pid, place.count):
@@ -65,4 +68,8 @@ class Watch:
 
     def places(self) -> list[Place]:
         """Where the ranks of this machine are, or were when they were ended."""
-        return read(self._folder)
+        for _ in range(10):
+            if (said := read(self._folder)) is not None:
+                return said
+            time.sleep(0.01)
+        return list(self._last.values())

@@ -16,7 +16,8 @@ from typing import Any
 FOLDER = "DTRAIN_PULSE"
 """In the environment of every rank: where its launcher looks. Not set where nobody does."""
 _NAME = "rank-"
-_BYTES = 512
+_BYTES = 640
+"""Of a word, always: more than its numbers take, each of 20 digits, so that one writes over all of the one before."""
 _MOST_ROWS = 24
 
 
@@ -53,8 +54,9 @@ class Pulse:
         if self._file is None:
             return
         self._count += 1
-        said = Place(self._rank, self._pid, self._count, phase, step, tuple(int(row) for row in rows[:_MOST_ROWS]))
-        text = json.dumps(dataclasses.asdict(said)).encode()[:_BYTES].ljust(_BYTES)
+        said = {"rank": self._rank, "pid": self._pid, "count": self._count, "phase": phase, "step": step,
+                "rows": [int(row) for row in rows[:_MOST_ROWS]]}  # fmt: skip
+        text = json.dumps(said).encode().ljust(_BYTES)
         with contextlib.suppress(OSError):
             os.pwrite(self._file, text, 0)
 
@@ -67,10 +69,14 @@ class Pulse:
                 self._path.unlink()
 
 
-def read(folder: Path) -> list[Place]:
-    """Where the ranks that live are, by rank; one whose word is just being written is left out."""
+def read(folder: Path) -> list[Place] | None:
+    """Where the ranks that live are, by rank; None while one of them is writing its word."""
     found = []
     for path in folder.glob(f"{_NAME}*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        try:
             found.append(Place.from_dict(json.loads(path.read_bytes())))
+        except FileNotFoundError:  # it has just ended
+            continue
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
     return sorted(found, key=lambda place: place.rank)

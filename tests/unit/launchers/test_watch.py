@@ -35,15 +35,26 @@ def clock() -> Clock:
 def test_a_word_of_a_rank(tmp_path: Path) -> None:
     pulse = Pulse(tmp_path, 3)
     pulse("train", 7, range(100))
-    (place,) = read(tmp_path)
+    (place,) = read(tmp_path) or []
     assert (place.rank, place.phase, place.step, place.rows[:3], place.count) == (3, "train", 7, (0, 1, 2), 1)
     pulse("eval", 8, ())
     assert (read(tmp_path)[0].phase, read(tmp_path)[0].rows) == ("eval", ())
     (tmp_path / "rank-4.json").write_text('{"rank": 4, "ph')
-    assert [place.rank for place in read(tmp_path)] == [3]
+    assert read(tmp_path) is None
     pulse.end()
     pulse("train", 9, ())
     assert [path.name for path in tmp_path.iterdir()] == ["rank-4.json"]
+
+
+def test_a_word_that_is_half_written_is_no_hang_of_the_others(tmp_path: Path, clock: Clock) -> None:
+    watch, pulse = Watch(tmp_path, 30.0, clock), Pulse(tmp_path, 0)
+    pulse("train", 3, ())
+    passes(watch, clock, 29)
+    (tmp_path / "rank-1.json").write_text('{"rank": 1, "ph')
+    assert passes(watch, clock, 60) == {}
+    assert [place.rank for place in watch.places()] == [0]
+    (tmp_path / "rank-1.json").unlink()
+    assert set(passes(watch, clock, 5)) == {0}
 
 
 def test_limits_are_learned_from_the_run(tmp_path: Path, clock: Clock) -> None:
