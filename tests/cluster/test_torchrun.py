@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.runs import RunDir
+from dtrain.runs.hang import read_hang
 from tests.e2e.command import ROOT, SMALL, dtrain, write_texts
 
 TYPED = [*SMALL, "dataset.path=texts.jsonl", "launcher=torchrun", "launcher.procs=1", "strategy=ddp",
@@ -125,3 +126,16 @@ def test_after_a_failure_all_meet_anew(
     ]
     assert list(run.nodes.iterdir()) == []
     assert len(losses(run)) == 8
+
+
+def test_ranks_of_both_are_looked_at_where_one_stands_still(
+    folder: Path, machines: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DTRAIN_FAIL", "train.forward:sleep=1000:rank=1:after=3")
+    run = start(machines, folder, *ENDLESS, "run.hang_after=4")
+    codes, said = ended(machines, folder, 90)
+    assert codes == [3, 3], said
+    outcome = run.read_outcome()
+    assert (outcome.kind, outcome.failure.rank, outcome.failure.step) == ("hang", 1, 3), said
+    assert [one.place.rank for one in read_hang(run, 0)] == [0, 1]
+    assert {path.name for path in run.hang_dir(0).glob("node-*.json")} == {"node-0.json", "node-1.json"}
