@@ -24,7 +24,7 @@ from dtrain.engine.around import around
 from dtrain.engine.engine import Course, Engine
 from dtrain.engine.proof import Proof
 from dtrain.engine.state import State
-from dtrain.errors import CheckpointError, ConfigError
+from dtrain.errors import CheckpointError
 from dtrain.models.base import AbstractWeights, Attention, Setting
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
@@ -162,11 +162,6 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
             recompute(block)
     named = dict(bundle.module.named_parameters())
     shapes = {name: tuple(param.shape) for name, param in named.items()}
-    if config.objective.outputs() and not any(
-        "score" in name.split(".") for name, p in named.items() if p.requires_grad
-    ):
-        raise ConfigError("tuning: leaves the model's new outputs as they were drawn; tuning.modules_to_save=[score] "
-                          "where there is that key, else tuning=full")  # fmt: skip
     optim = Optim(config.optim, config.train.precision, config.train.grad_clip, config.tuning.lr_factor)
     parameters = {name: Parameter(shape, (WEIGHT, *config.optim.state_names), bundle.export_name(name))
                   for name, shape in shapes.items() if named[name].requires_grad}  # fmt: skip

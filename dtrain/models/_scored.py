@@ -82,6 +82,7 @@ def build_scored(
         assets=assets,
         embedding=embedding,
         head=linear.weight,
+        outputs=_NAME,
         choose_attention=functools.partial(choose, module, language, attention),
     )
 

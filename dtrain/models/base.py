@@ -104,6 +104,8 @@ class ModelBundle:
     """Of tokens, (vocabulary, hidden); None for a model that has none."""
     head: nn.Parameter | None = None
     """The projection to the vocabulary, (vocabulary, hidden): the embedding itself where the model ties them."""
+    outputs: str | None = None
+    """The module with outputs of its own in place of the vocabulary, which every tuning trains whole."""
     adapter: AbstractAdapter | None = None
     """None where nothing was added; else an export is of what was added alone, and `export_name` names it in there."""
     choose_attention: Callable[[Setting, AbstractComm], Attention] = _its_own

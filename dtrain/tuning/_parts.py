@@ -30,6 +30,8 @@ def chosen(what: Freeze, bundle: ModelBundle) -> set[str]:
         if asked and param is None:
             raise ModelError(f"tuning.{key}=true: this model says of no parameter that it is that; use tuning.patterns")
         mine |= {id(param)} if asked else set()
+    if bundle.outputs is not None:
+        mine |= {id(param) for param in bundle.module.get_submodule(bundle.outputs).parameters()}
     return {name for name, param in named.items() if id(param) in mine} | by_pattern(
         "tuning.patterns", what.patterns, list(named)
     )

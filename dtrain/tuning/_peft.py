@@ -60,7 +60,7 @@ def add(bundle: ModelBundle, what: Addition, *, seed: int) -> ModelBundle:
 
     module = bundle.module
     found = _targets(bundle, what.targets)
-    whole = _modules(module, what.also)
+    whole = _modules(module, [*what.also, *([bundle.outputs] if bundle.outputs else [])])
     module.requires_grad_(False)  # noqa: FBT003
     names = [name for name, _ in module.named_parameters()]
     config = what.make(found)
@@ -75,6 +75,8 @@ def add(bundle: ModelBundle, what: Addition, *, seed: int) -> ModelBundle:
         weights.start.check({_peft_name(name): tuple(param.shape) for name, param in module.named_parameters()
                              if param.requires_grad})  # fmt: skip
     said = _plain(what.make, found, names, whole)
+    if bundle.outputs is not None:
+        said["task_type"] = "SEQ_CLS"
     if bundle.head is bundle.embedding and bundle.head is not None and bundle.head.requires_grad:
         said["ensure_weight_tying"] = True  # else peft would put back the old head beside the new embedding
     adapter = _Adapter(module, weights, said, pure=not whole, changes_base=what.changes_base)
@@ -151,7 +153,7 @@ def _modules(module: nn.Module, names: Sequence[str]) -> list[str]:
     there = [name for name, one in module.named_modules() if name and any(True for _ in one.parameters())]
     for name in names:
         here = [one for one in there if one == name or one.endswith(f".{name}")]
-        found += here
+        found += [one for one in here if one not in found]
         if not here:
             wrong.append(f"tuning.modules_to_save={name}: no module of the model; {near(name, there)}")
     if wrong:

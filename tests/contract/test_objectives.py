@@ -27,6 +27,7 @@ from tests.contract.preferences import (
 )
 from tests.contract.small import Recipe, Trained, make_built, overrides, reference, train
 from tests.contract.test_equivalence import STRATEGIES, difference
+from tests.contract.test_tuning import exported
 from tests.processes import run_ranks
 
 RECIPE = Recipe(6, steps=4)
@@ -222,3 +223,28 @@ def test_models_with_outputs_of_their_own_are_trained_alike(
         assert set(got.weights) == set(expected.weights)
         for key, weight in expected.weights.items():
             assert difference(got.weights[key], weight) < 1e-5, key
+
+
+def test_new_outputs_are_trained_and_kept_with_an_adapter(labelled: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    folder, to = tmp_path / "data", tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "model").symlink_to(with_outputs(labelled / "model", [*LABELS], 0, tmp_path / "cache"))
+    for one in ("train", "eval"):
+        (folder / f"{one}.arrow").symlink_to(labelled / f"{one}.arrow")
+    typed = [one for one in overrides(folder, RECIPE, "strategy=zero2", *LORA) if not one.startswith("objective=")]
+    typed += ["objective=classifier", f"objective.labels=[{','.join(LABELS)}]", "export.dtype=fp32"]
+    ran = run_ranks(exported, folder, typed, to, size=2)[0]
+    assert ran.trained["score.weight"] == (len(LABELS), 32)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        labelled / "model", num_labels=len(LABELS), pad_token_id=0
+    )
+    tuned = PeftModel.from_pretrained(base, to).eval()
+    ids = torch.arange(1, 12)[None]
+    merged = AutoModelForSequenceClassification.from_pretrained(
+        labelled / "model", num_labels=len(LABELS), pad_token_id=0
+    )
+    merged.load_state_dict(torch.load(to / "merged.pt", weights_only=True))
+    torch.testing.assert_close(tuned(input_ids=ids).logits, merged.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
