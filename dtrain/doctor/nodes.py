@@ -48,7 +48,12 @@ def meeting(nodes: int | None, folder: Path) -> Team | None:
 
 def found_with_others(team: Team, place: Place, come_s: float = COME_S) -> Iterator[Finding]:
     """What the machines together come to; each of them says it."""
-    team.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        team.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        yield Finding("nodes", "fail", f"{team.folder}: cannot be made ({error.strerror})", "name a folder that all "
+                      "machines share and can write in: --dir")  # fmt: skip
+        return
     token = secrets.token_hex(8)
     mine = team.folder / f"{token}.json"
     mine.touch()
@@ -60,6 +65,10 @@ def found_with_others(team: Team, place: Place, come_s: float = COME_S) -> Itera
         if len(members) < team.nodes:
             came = f"{len(members)} of {team.nodes} machines came within {come_s:.0f} s: {hosts}"
             yield Finding("nodes", "fail", came, f"the others are down, or do not see {team.folder.parent}")
+            return
+        if me not in members:
+            yield Finding("nodes", "fail", f"more than {team.nodes} came", "one on each machine is enough: "
+                          "srun --ntasks-per-node=1")  # fmt: skip
             return
         yield Finding("nodes", "ok", f"{hosts} see one {file_system(team.folder)}")
         yield _clocks(members)

@@ -1,7 +1,7 @@
 """Whether this machine can train: versions, devices, kernels, disk, limits, and what the ranks say to each other.
 
 A line each: ok, warn or fail, and what to do. Exit code 1 where something fails. On several machines it is started on
-each, as by `srun dtrain doctor`, or typed with --nodes N; then they compare clocks and disks, too.
+each, as by `srun dtrain doctor`, or typed with --nodes N; then clocks are compared and all ranks measured.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
     names = list(CHECKS) if args.only is None else args.only.split(",")
     if unknown := [name for name in names if name not in CHECKS]:
         raise ConfigError(f"--only={args.only}: {unknown[0]!r} is none of {', '.join(CHECKS)}")
-    if args.procs is not None and args.procs < 1:
-        raise ConfigError(f"--procs={args.procs}: at least 1")
+    for key in ("procs", "nodes"):
+        if (number := getattr(args, key)) is not None and number < 1:
+            raise ConfigError(f"--{key}={number}: at least 1")
     machine = look()
     place = Place(args.dir.absolute(), args.procs or machine.gpus or 2, machine)
     team = meeting(args.nodes, place.folder)

@@ -125,6 +125,9 @@ def test_one_machine_of_three_is_named(tmp_path: Path) -> None:
     assert one.text.startswith("1 of 3 machines came within 0 s: ")
     assert list(tmp_path.iterdir()) == []
     assert nodes.meeting(None, tmp_path) is None
+    (tmp_path / "file").touch()
+    (one,) = nodes.found_with_others(nodes.meeting(2, tmp_path / "file"), Place(tmp_path, 1, CPU))
+    assert (one.state, "cannot be made" in one.text) == ("fail", True)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +140,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert cli.run(["doctor", "--only", "versions"]) == 1
     assert cli.run(["doctor", "--only", "disks"]) == 2
     assert cli.run(["doctor", "--procs", "0"]) == 2
+    assert cli.run(["doctor", "--nodes", "0"]) == 2
