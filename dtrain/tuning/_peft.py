@@ -236,9 +236,9 @@ class _Start:
             raise ModelError(f"tuning.init_from={folder}: no adapter that peft has written ({error})") from None
         self.folder = folder
         keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
-        mine = config.to_dict()
+        mine = json.loads(json.dumps(config.to_dict(), default=sorted))  # as a file says it
         self._wrong = [f"{key}: {said.get(key)} there, {mine.get(key)} here" for key in keys
-                       if key in mine and str(said.get(key)) != str(mine.get(key))]  # fmt: skip
+                       if key in mine and said.get(key) != mine.get(key)]  # fmt: skip
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises ModelError with all that differs."""

@@ -155,3 +155,22 @@ def test_a_frozen_parameter_that_changes_is_named(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_the_table_in_the_docs_is_what_the_specs_say() -> None:
     assert table.page() == table.PAGE.read_text(encoding="utf-8"), "type `python -m tests.unit.tuning.table`"
+
+
+def test_an_adapter_that_peft_has_made_is_started_from(model: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    made = get_peft_model(
+        base, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    )
+    made.save_pretrained(tmp_path / "adapter")
+    typed = ["tuning=lora", "tuning.rank=3", "tuning.alpha=6", "tuning.targets=[q_proj,o_proj]"]
+    _, bundle = tuned(model, *typed, f"tuning.init_from={tmp_path / 'adapter'}")
+    expected = {name: param for name, param in made.base_model.model.named_parameters() if param.requires_grad}
+    assert len(expected) == 8
+    for name, param in expected.items():
+        assert torch.equal(bundle.weights.read(name, 0, param.numel()), param.detach().flatten()), name
+    with pytest.raises(ModelError, match="lora_alpha: 6 there, 7.0 here"):
+        tuned(model, *typed[:2], "tuning.alpha=7", typed[3], f"tuning.init_from={tmp_path / 'adapter'}")
