@@ -56,6 +56,7 @@ bench: install   ## speed against bare loops, start-up, and checkpoints; writes 
 	$(BIN)/python bench/throughput.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/checkpoint.py
+	$(BIN)/python bench/attention.py
 
 clean:           ## runs and caches of this checkout
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -4,7 +4,9 @@
 
 In bf16 each choice of `conf/strategy` trains the same 0.2 B model on the same rows; losses must agree step by step to
 bf16 noise. Then what only a GPU can show: fp16 with loss scaling, fp32 against bf16, ZeRO-3 with offload, recomputed
-activations. Prints a table, writes it to docs/benchmarks.md under the device's name, exits 1 where something is wrong.
+activations, and each back end of attention; before that, each back end on small models of the presets' families, in
+each precision. Prints a table, writes it to docs/benchmarks.md under the device's name, exits 1 where something is
+wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ["model.hidden=1024", "model.layers=12", "model.heads=16", "model.kv_heads=8", "model.intermediate=3072",
          "model.vocab=16384"]  # fmt: skip
 WARM_UP = 5
+FAMILIES = {
+    "qwen2": {},
+    "mistral": {"sliding_window": 64, "head_dim": 64},
+    "gemma2": {"sliding_window": 64, "head_dim": 64, "attn_logit_softcapping": 50.0},
+}
+"""Of model types: what their configurations add."""
+OURS = ("varlen", "documents", "document_scores")
+"""Back ends that must pass wherever they say that they can."""
 BOUND = 2e-2
 """Relative difference of losses in bf16: 2^-8 = 4e-3 of each operation, over the steps of a short run."""
 
@@ -40,7 +50,7 @@ def main() -> int:
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
     print(device, flush=True)
     out = Path(tempfile.mkdtemp(prefix="dtrain-gpu-"))
-    rows, problems = [], []
+    rows, problems = [], _try_attention()
     try:
         reference = None
         for label, typed in _cases(quick=args.quick):
@@ -82,7 +92,60 @@ def _cases(*, quick: bool) -> list[tuple[str, list[str]]]:
             (f"{last} bf16 offload", [f"strategy={last}", "train.precision=bf16", "strategy.offload_optimizer=cpu",
                                       "strategy.offload_param=cpu"]),
             (f"{first} bf16 recomputed", [f"strategy={first}", "train.precision=bf16",
-                                          "train.activation_checkpointing=true"])]  # fmt: skip
+                                          "train.activation_checkpointing=true"]),
+            *((f"{first} bf16 {name}", [f"strategy={first}", "train.precision=bf16", f"model.attention={name}"])
+              for name in _attention_names())]  # fmt: skip
+
+
+def _attention_names() -> list[str]:
+    """Back ends that can do what the model above asks, in bf16 here."""
+    import torch
+    from transformers import AutoConfig
+
+    from dtrain.models.attention.choose import BACKENDS
+
+    asked, _ = _asked("qwen2", AutoConfig.for_model("qwen2"), torch.bfloat16)
+    return [one.name for one in BACKENDS if one.lacks(asked) is None]
+
+
+def _asked(kind: str, config, dtype):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dtrain.models.attention.base import Asked
+    from dtrain.models.base import Setting
+
+    setting = Setting(torch.device("cuda", 0), dtype, packed=True)
+    return Asked.of(AutoModelForCausalLM._model_mapping[type(config)], config, setting), setting
+
+
+def _try_attention() -> list[str]:
+    """Every back end on small models, packed; problems of those that should have passed."""
+    import time
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sys.path.insert(0, str(ROOT))
+    from dtrain.models.attention.choose import BACKENDS
+    from dtrain.models.attention.probe import Probe
+
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    problems = []
+    for kind, further in FAMILIES.items():
+        config = AutoConfig.for_model(kind, **sizes, **further)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            asked, setting = _asked(kind, config, dtype)
+            probe = Probe(AutoModelForCausalLM._model_mapping[type(config)], config, setting)
+            for backend in BACKENDS:
+                began = time.perf_counter()
+                lacks = backend.lacks(asked)
+                fault = lacks or probe.fault(backend)
+                label = f"{kind} {str(dtype).removeprefix('torch.')} {backend.name}"
+                print(f"attention {label:36} {fault or 'passes'}  {time.perf_counter() - began:.2f} s", flush=True)
+                if fault and not lacks and backend.name in OURS:
+                    problems.append(f"attention {label}: {fault}")
+    return problems
 
 
 def _run(out: Path, label: str, typed: list[str]) -> dict:

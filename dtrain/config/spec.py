@@ -131,6 +131,10 @@ class ModelSpec(AbstractSpec):
     def trained(self) -> bool:
         """Whether its weights come trained; `optim.lr=auto` is then a rate for fine-tuning."""
 
+    def misfits(self, device: Device) -> list[str]:
+        """What is wrong with these values on such a device, each as `key: value, reason, way out`; none as a rule."""
+        return []
+
     def masks(self) -> bool:
         """Whether attention makes a number for each pair of tokens of a row; for the memory table."""
         return False

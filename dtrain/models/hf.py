@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.config.spec import ModelSpec, spec
 from dtrain.errors import ModelError
-from dtrain.models.attention.names import MASKED, Attention
+from dtrain.models.attention.names import MASKED, Attention, misfits
 from dtrain.plan.figures import Figures
 
 if TYPE_CHECKING:
     from dtrain.models.base import ModelBundle
+    from dtrain.plan.world import Device
 
 
 @spec
@@ -42,6 +43,9 @@ class HF(ModelSpec):
 
     def trained(self) -> bool:
         return not self.from_scratch
+
+    def misfits(self, device: Device) -> list[str]:
+        return misfits(self.attention, device)
 
     def masks(self) -> bool:
         return self.attention in MASKED

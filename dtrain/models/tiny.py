@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.config.spec import ModelSpec, spec
 from dtrain.folders import whole_folder
-from dtrain.models.attention.names import MASKED, Attention
+from dtrain.models.attention.names import MASKED, Attention, misfits
 from dtrain.plan.figures import Figures
 
 if TYPE_CHECKING:
     from dtrain.models.base import ModelBundle
+    from dtrain.plan.world import Device
 
 _SAMPLE_CHARS = 2_000_000
 """Text that the tokenizer is trained on; more makes it slower and hardly better at this size."""
@@ -56,6 +57,9 @@ class Tiny(ModelSpec):
 
     def trained(self) -> bool:
         return False
+
+    def misfits(self, device: Device) -> list[str]:
+        return misfits(self.attention, device)
 
     def masks(self) -> bool:
         return self.attention in MASKED

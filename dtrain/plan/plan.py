@@ -67,7 +67,8 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     figures = config.model.figures()
     precision = _precision(config, device, machine, notes)
     problems = [*_check_length(config, figures), *_check_precision(config, device), *_check_tokens(config),
-                *_check_epochs(config), *config.strategy.misfits(topology, device)]  # fmt: skip
+                *_check_epochs(config), *config.strategy.misfits(topology, device),
+                *config.model.misfits(device)]  # fmt: skip
     if not config.strategy.candidates():
         problems += config.tuning.misfits(config.strategy, precision, device)
     if problems:

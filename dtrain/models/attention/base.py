@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,10 +83,24 @@ class Backend:
 
         if self.function is not None:
             AttentionInterface.register(self.implementation, self.function)
-        decoder.set_attn_implementation(self.implementation)
+        with quiet():
+            decoder.set_attn_implementation(self.implementation)
         now = decoder.config._attn_implementation
         if now != self.implementation:
             raise ModelError(f"the model's layers were made for {now} alone")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' advice on back ends, which is for those who choose them by hand."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def bounds(positions: torch.Tensor) -> torch.Tensor:

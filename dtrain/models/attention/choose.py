@@ -42,7 +42,7 @@ def choose(
         if why is None and probe is not None:
             why = probe.fault(backend)
         if why is None and unproved and backend not in (SDPA, EAGER):
-            why = "cannot be tried out"
+            why = "cannot be tried out" if name == "auto" else f"cannot be tried out: {unproved}"
         if (why := _any(why, comm)) is None:
             module.attend_by(backend)
             proof = f"not tried out: {unproved}" if unproved else "which keeps documents apart here"

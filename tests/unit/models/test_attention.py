@@ -136,6 +136,19 @@ def test_the_names_are_those_that_can_be_typed():
     assert {one.name for one in (SDPA, EAGER)} == MASKED
 
 
+def test_what_needs_a_gpu_is_refused_before_anything_is_started(tmp_path):
+    from dtrain.models.tiny import Tiny
+
+    can = asked("qwen2", tmp_path)
+    for backend in BACKENDS:
+        said = Tiny(attention=backend.name).misfits("cpu")
+        assert bool(said) == (backend.lacks(can) is not None), backend.name
+        assert all(f"model.attention={backend.name}: trains on CUDA only, and device=cpu; " in one for one in said)
+        assert Tiny(attention=backend.name).misfits("cuda") == []
+        assert Tiny(attention=backend.name).masks() == (backend in (SDPA, EAGER))
+    assert Tiny().misfits("cpu") == []
+
+
 def test_every_family_that_has_a_preset_is_tested():
     families = {one["architecture"]["model_type"] for name in choices()["model"]
                 if "architecture" in (one := group_choice("model", name))}  # fmt: skip
