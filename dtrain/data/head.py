@@ -37,6 +37,8 @@ TRIED_TOKENS = 2**18
 DOCUMENTS_A_SHARD = 64
 """Of fewer, a shard's rows would be badly filled, and its passes too short to shuffle."""
 
+_PLACES = ("dataset.path", "dataset.name")
+
 
 def look(
     folder: Path,
@@ -83,7 +85,7 @@ def look(
         "by_source": tried.counts.sources,
         "first": tried.counts.places,
         "notes": [*about(tokenizer, used=issubclass(shape, Chat | Preference | Judged)), *resolved.notes(shape)],
-        "digest": xxhash.xxh3_128_hexdigest(json.dumps([parts, shards], sort_keys=True, default=str).encode()),
+        "digest": _digest(parts, shards),
         "settled": settled,
         "streams": {"all": dataclasses.asdict(facts)},
     }
@@ -134,6 +136,12 @@ def mix(made: Mapping[str, Prepared], parts: Parts, max_length: int) -> dict[str
         "streams": {name: dataclasses.asdict(dataclasses.replace(one.streams["all"], whole=False))
                     for name, one in made.items()},
     }  # fmt: skip
+
+
+def _digest(parts: Mapping[str, Any], shards: int) -> str:
+    """Of all that the rows depend on, wherever the data lies: its content is among it."""
+    said = {name: value for name, value in parts.items() if name not in _PLACES}
+    return xxhash.xxh3_128_hexdigest(json.dumps([said, shards], sort_keys=True, default=str).encode())
 
 
 def _in_order(dataset: DatasetSpec) -> Iterator[Example]:

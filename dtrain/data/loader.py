@@ -5,7 +5,7 @@ consumed; of streams, see `data.streaming`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, final
 
@@ -60,11 +60,14 @@ class AbstractLoader(Protocol):
 
 def load(  # noqa: PLR0913 - all that batches depend on
     rows: AbstractStore | Streams, batch: BatchPlan, *, rank: int, seed: int, pad_id: int, collate: Collate,
-    samples: int, state: Mapping[str, Any] | None,
+    samples: int, state: Mapping[str, Any] | None, alive: Callable[[], None],
 ) -> AbstractLoader:  # fmt: skip
-    """`samples`: those of the run before; `state`: what was `gathered` of them. Raises DataError."""
+    """`samples`: those of the run before; `state`: what was `gathered` of them. `alive` is called now and then while a
+    step waits for data that keeps coming. Raises DataError.
+    """
     if isinstance(rows, Streams):
-        return StreamLoader(rows, batch, rank=rank, pad_id=pad_id, collate=collate, samples=samples, state=state)
+        return StreamLoader(rows, batch, rank=rank, pad_id=pad_id, collate=collate, samples=samples, state=state,
+                            alive=alive)  # fmt: skip
     return Loader(rows, batch, rank=rank, seed=seed, pad_id=pad_id, collate=collate)
 
 

@@ -163,6 +163,8 @@ class Shards:
         """By pass and shard."""
         self._documents = {shard: self._read(shard) for shard in at}
         self._bad = BadRows.of(dataset)
+        self.num_read = 0
+        """Documents that the source gave so far, to see that it gives any."""
         self._rows_of_pass = {shard: 0 for shard, place in at.items() if place.offset == place.span == 0}
         """Of the shards whose pass was begun here."""
 
@@ -216,7 +218,7 @@ class Shards:
         spans = self.deal.spans_of(shard, place.epoch)
         for i in range(place.span, len(spans)):
             had = place.offset if i == place.span else 0
-            for number, example in enumerate(self._dataset.read(spans[i]), start=1):
+            for number, example in enumerate(self._counted(spans[i]), start=1):
                 if number > had:
                     yield i, number, example
 
@@ -238,10 +240,15 @@ class Shards:
         for other, at in self._at.items():
             if other != shard and at.epoch <= epoch and other not in self._along.get((epoch, other), ()):
                 taken[other] = at.offset if at.epoch == epoch else 0
-        rows = (example for span in self.deal.spans(epoch) for example in self._dataset.read(span))
+        rows = (example for span in self.deal.spans(epoch) for example in self._counted(span))
         found = Along(rows, lambda document: self.deal.shard_of(document, epoch), taken)
         self._along.update({(epoch, other): found for other in taken})
         return found
+
+    def _counted(self, span: Span) -> Iterator[Example]:
+        for example in self._dataset.read(span):
+            self.num_read += 1
+            yield example
 
     def _make(self, examples: Sequence[Example], shard: int, start: Place) -> tuple[list[Row], Counts]:
         shape = SHAPES[self._facts.shape]

@@ -7,7 +7,7 @@ import json
 import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, final
@@ -38,6 +38,8 @@ Collate = Callable[[Sequence[Row], Sequence[int], int], "Batch"]
 """The micro-batch of rows, with their ids and the padding token."""
 BLOB = "stream"
 """Under which a rank's part of a checkpoint says where its shards are."""
+LOOK_S = 1.0
+"""How often a step that has to wait for its data looks whether there comes any."""
 _ENDLESS = 2**40
 """Samples of a source in a mixture of streams, none of which ends."""
 
@@ -121,19 +123,22 @@ class Streams:
         return self._first_shards[source] + shard
 
     def lanes(self, which: Sequence[tuple[int, int]], at: Mapping[int, Place],
-              submit: Submit) -> dict[tuple[int, int], Lane]:  # fmt: skip
-        """Of these shards, by source and shard; `at`: where each begins, by number. Raises DataError."""
-        lanes = {}
+              submit: Submit) -> tuple[dict[tuple[int, int], Lane], list[Shards]]:  # fmt: skip
+        """Of these shards, by source and shard, and what reads them; `at`: where each begins, by number. Raises
+        DataError.
+        """
+        lanes, readers = {}, []
         for k, source in enumerate(self.sources.values()):
             mine = {shard: at.get(self.number(k, shard), Place()) for each, shard in which if each == k}
             shards = Shards(source.dataset, source.facts, source.encoder, self._tokenizer, mine, stream=k)
             lanes.update({(k, shard): Lane(shards, shard, place, submit) for shard, place in mine.items()})
-        return lanes
+            readers.append(shards)
+        return lanes, readers
 
     def samples(self, limit: int) -> Iterator[Row]:
         """The first of a run, one after the other, read here and now. Raises DataError."""
         which = [(k, shard) for k, num in enumerate(self._shards) for shard in range(num)]
-        lanes = self.lanes(which, {}, _now)
+        lanes, _ = self.lanes(which, {}, _now)
         for turn in self.turns(0, limit):
             yield lanes[turn.source, turn.shard].row(turn.row)
 
@@ -200,11 +205,15 @@ def merged(state: Mapping[str, Any], blobs: Iterable[bytes]) -> dict[str, Any]:
 class StreamLoader:
     """Training batches out of streams, step after step; the next step's are made while one is computed."""
 
-    def __init__(self, streams: Streams, batch: BatchPlan, *, rank: int, pad_id: int, collate: Collate,
-                 samples: int = 0, state: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+    def __init__(  # noqa: PLR0913 - all that batches depend on
+                 self, streams: Streams, batch: BatchPlan, *, rank: int, pad_id: int, collate: Collate,
+                 samples: int = 0, state: Mapping[str, Any] | None = None,
+                 alive: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         """`samples`: those of the run before. `state`: what was `merged` of them; that of other data counts for
-        nothing, and the stream begins with its first sample. Raises DataError.
+        nothing, and the stream begins with its first sample. `alive` is called now and then while a step has to wait
+        for a source that is slow, but gives something. Raises DataError.
         """
+        self._alive = alive
         self._streams, self._batch, self._rank, self._pad_id = streams, batch, rank, pad_id
         self._collate = collate
         goes_on = state is not None and state["data"] == streams.digest
@@ -218,7 +227,7 @@ class StreamLoader:
         at = {int(number): Place(*place) for number, place in said["at"].items()}
         # Two threads: one puts batches together, and waits for the other, which tokenises.
         self._reading, self._batching = ThreadPoolExecutor(1, "stream"), ThreadPoolExecutor(1, "loader")
-        self._lanes = streams.lanes(streams.read_by(rank, batch.size), at, self._reading.submit)
+        self._lanes, self._readers = streams.lanes(streams.read_by(rank, batch.size), at, self._reading.submit)
         self._counts = Counts()
         self._names = list(streams.sources)
         self._consumed = {name: {"samples": 0, "tokens": 0} for name in streams.sources}
@@ -234,6 +243,10 @@ class StreamLoader:
         """As `Loader.window`, for one step after the other."""
         assert samples == self._samples, (samples, self._samples)
         ahead = self._ahead or self._batching.submit(self._make, samples)
+        seen = -1
+        while not wait([ahead], timeout=LOOK_S).done:
+            if seen != (seen := sum(reader.num_read for reader in self._readers)):
+                self._alive()
         batches = ahead.result()
         self._samples = samples + self._batch.global_batch
         self._here = {samples: self._here[samples], self._samples: self._where()}  # before the next step is begun

@@ -123,6 +123,7 @@ class Engine:
         self._loader = loader = load(
             self._train_rows, course.batch, rank=self._comm.rank, seed=course.seed, pad_id=course.pad_id,
             collate=course.collate, samples=self._state.samples, state=self._state.stream,
+            alive=lambda: progress.at("data"),
         )  # fmt: skip
         if loader.line:
             self._note(loader.line)

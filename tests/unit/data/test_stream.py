@@ -3,12 +3,14 @@
 import gzip
 import itertools
 import json
+import shutil
+import threading
 
 import numpy as np
 import pytest
 
 from dtrain.config.spec import Span
-from dtrain.data import head, stream
+from dtrain.data import head, stream, streaming
 from dtrain.data.collate import collate
 from dtrain.data.order import shuffled
 from dtrain.data.prepare import prepare
@@ -313,6 +315,38 @@ def test_a_shard_that_is_far_behind_reads_by_itself(path, tmp_path, monkeypatch)
     assert run(streams, 2, 7, 20) == expected
 
 
+def test_what_waits_in_memory_does_not_grow(path, tmp_path, deal):
+    *_, streams = make(path, tmp_path)
+    with Together(streams, 2, 7) as ranks:
+        for _ in range(60):  # some three passes
+            ranks.step()
+            held = [len(lane._windows) for rank in ranks.ranks for lane in rank._lanes.values()]
+            assert max(held) <= 1  # and one that is made ahead
+        assert sum(len(reader._along) for rank in ranks.ranks for reader in rank._readers) <= 2 * 6
+
+
+def test_a_rank_that_waits_for_a_slow_source_is_known_to_get_on(path, tmp_path, monkeypatch):
+    *_, streams = make(path, tmp_path)
+    monkeypatch.setattr(streaming, "LOOK_S", 0.01)
+    goes_on, told, read = threading.Event(), [], Files.read
+
+    def slow(self, span):
+        for i, example in enumerate(read(self, span)):
+            if i == 30:
+                assert goes_on.wait(30), "nobody was told"
+            yield example
+
+    def alive():
+        told.append(1)
+        goes_on.set()
+
+    monkeypatch.setattr(Files, "read", slow)
+    loader = StreamLoader(streams, BatchPlan(6, 6, 1), rank=0, pad_id=PAD, collate=collate, alive=alive)
+    assert len(loader.window(0)[0].sample_ids) == 6
+    loader.close()
+    assert told
+
+
 def test_what_became_of_the_examples_is_counted_once(tmp_path):
     path = write(tmp_path / "t.jsonl", 400)
     text = path.read_text().splitlines(keepends=True)
@@ -400,6 +434,9 @@ def test_prepared_once_and_again_for_what_the_rows_depend_on(path, tmp_path):
     other, *_ = make(path, tmp_path, said, stream_buffer=17)
     assert other.digest != first.digest
     assert "dataset.stream_buffer was 16, is 17" in said[-1]
+    (tmp_path / "elsewhere").mkdir()
+    moved, *_ = make(shutil.copy(path, tmp_path / "elsewhere"), tmp_path)
+    assert moved.digest == first.digest  # so that a run goes on with data that was moved
     read = read_prepared(first.dir, first.assets, Auto())
     assert read == first
 
