@@ -169,16 +169,20 @@ class Lane:
             window, self._ahead = self._ahead.result(), None
             self._windows.append(window)
             self._end = window.end
-        while self._windows[0].end.rows <= number:
-            self.done.append(self._windows.popleft())
+        self._let_go(number)
         if len(self._windows) == 1:
             self.begin()
         window = self._windows[0]
         return window.rows[number - window.start.rows]
 
     def place(self, number: int) -> Place:
-        """From where the row of this number, and those after it, can be made again."""
-        return next((window.start for window in self._windows if window.end.rows > number), self._end)
+        """From where the row of this number, and those after it, can be made again; none before it is asked for."""
+        self._let_go(number)
+        return self._windows[0].start if self._windows else self._end
+
+    def _let_go(self, number: int) -> None:
+        while self._windows and self._windows[0].end.rows <= number:
+            self.done.append(self._windows.popleft())
 
 
 def _now(make: Callable[[], Window]) -> Future[Window]:
@@ -196,8 +200,7 @@ def merged(state: Mapping[str, Any], blobs: Iterable[bytes]) -> dict[str, Any]:
         counts.update(said["counts"])
         for name, one in said["consumed"].items():
             consumed.setdefault(name, Counter()).update(one)
-        for number, place in said["at"].items():  # several ranks may read a shard, some of them further on
-            at[number] = max(at.get(number, place), place, key=lambda one: int(one[3]))
+        at.update(said["at"])
     return {**state, "at": at, "counts": dict(counts), "consumed": {name: dict(one) for name, one in consumed.items()}}
 
 
@@ -255,7 +258,7 @@ class StreamLoader:
 
     def epoch(self, samples: int) -> float:
         """Passes that all shards of this rank have ended."""
-        return float(min(place[0] for place in self._here[samples]["at"].values()))
+        return float(min((place[0] for place in self._here[samples]["at"].values()), default=0))
 
     def consumed(self, samples: int) -> dict[str, dict[str, int]]:
         """Samples of each source. Their tokens are known to those alone who made them."""
@@ -282,12 +285,12 @@ class StreamLoader:
         """Where this rank's shards are at the end of a step, and what came of them until then."""
         after, at = self._streams.next_rows(self._samples - self._first), {}
         for (k, shard), lane in self._lanes.items():
-            number = self._streams.number(k, shard)
-            for window in lane.done:
-                if number % self._batch.size == self._rank:  # once, where several ranks read it
+            number, place = self._streams.number(k, shard), lane.place(after[k, shard])
+            if number % self._batch.size == self._rank:  # one of the ranks, where several read it
+                at[str(number)] = list(dataclasses.astuple(place))
+                for window in lane.done:
                     self._counts.update(window.counts)
             lane.done.clear()
-            at[str(number)] = list(dataclasses.astuple(lane.place(after[k, shard])))
         consumed = {name: dict(numbers) for name, numbers in self._consumed.items()}
         return {"at": at, "counts": dict(self._counts.reasons), "consumed": consumed}
 

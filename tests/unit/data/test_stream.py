@@ -167,6 +167,9 @@ def test_a_pass_has_every_document_once_and_the_next_in_another_order(path, tmp_
     assert len(set(expected)) > 600
     assert sorted(passes[0]) == sorted(passes[1]) == expected
     assert passes[0] != passes[1]
+    deal = shards.deal
+    assert deal.spans(0) != deal.spans(1) or not deal.by_spans
+    assert [deal.shard_of(i, 0) for i in range(60)] != [deal.shard_of(i, 1) for i in range(60)]
 
 
 def test_rows_are_well_filled(path, tmp_path):
@@ -353,7 +356,7 @@ def test_what_became_of_the_examples_is_counted_once(tmp_path):
     text[7] = text[130] = '{"text": ""}\n'
     path.write_text("".join(text))
     *_, streams = make(path, tmp_path / "cache", on_bad_row="skip", stream_shards=3)
-    with Together(streams, 2, 6) as ranks:
+    with Together(streams, 4, 6) as ranks:  # several of which read the same shards
         while min(place[0] for place in ranks.saved()["at"].values()) < 1:
             ranks.step()
         state = ranks.saved()
