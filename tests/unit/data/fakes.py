@@ -64,7 +64,10 @@ class FakeModel(ModelSpec):
 
     def assets(self, texts: Callable[[], Iterable[str]], cache: Path) -> Path:
         folder = cache / "fake"
-        return folder if (folder / "tokenizer_config.json").exists() else write_tokenizer(folder, self.template)
+        if not (folder / "config.json").exists():
+            write_tokenizer(folder, self.template)
+            (folder / "config.json").write_text("{}")
+        return folder
 
     def build(self, assets: Path, *, seed: int):
         raise NotImplementedError
