@@ -16,6 +16,7 @@ from pathlib import Path
 from dtrain.runs import RunDir
 from dtrain.runs.files import write_json
 from dtrain.runs.hang import FLIGHT, FLIGHT_PIPE, SHOW_STACKS, Stuck, main_thread, stacks_path
+from dtrain.runs.process import MARK
 from dtrain.runs.pulse import Place
 
 STACKS_S = 3.0
@@ -29,7 +30,7 @@ def record(run: RunDir, attempt: int, node: int, folder: Path, places: Iterable[
     """Leave `hang/attempt-N/`: node-K.json with what `Stuck` says of each rank, rank-R.txt with its stacks, and what
     NCCL's recorder has. `folder` is where the ranks say where they are.
     """
-    places = list(places)
+    places = [place for place in places if _is_ours(place.pid, run)]
     to = run.hang_dir(attempt)
     to.mkdir(parents=True, exist_ok=True)
     halted = {place.rank for place in places if _is_halted(place.pid)}
@@ -45,6 +46,15 @@ def record(run: RunDir, attempt: int, node: int, folder: Path, places: Iterable[
                            main_thread(text), path.relative_to(run.path).as_posix()))  # fmt: skip
     _take_flights(folder, running, to)
     write_json(to / f"node-{node}.json", {"ranks": [dataclasses.asdict(one) for one in ranks]})
+
+
+def _is_ours(pid: int, run: RunDir) -> bool:
+    """Whether it is still the rank: a number may be given again."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        return bool(psutil.Process(pid).environ().get(MARK) == str(run.path))
+    return False
 
 
 def _is_halted(pid: int) -> bool:

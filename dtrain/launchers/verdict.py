@@ -185,14 +185,16 @@ def explain(outcome: Outcome, run: RunDir) -> str:
     cause = f"{failure.type}: {summary[0] if summary else ''}" if failure.traceback else (summary or [failure.type])[0]
     log = shlex.quote(str(run.path / failure.log))
     rows = [f"rows: {', '.join(map(str, failure.rows))} of the prepared data"] if failure.rows else []
-    known = _hint(outcome, run)
+    known = known_cause(outcome, run)
     hints = [f"hint: {known}"] if known else []
     return "\n".join([*_short(failure.traceback), *rows, *hints, f"{' '.join(place)}: {cause}; next: less {log}"])
 
 
-def _hint(outcome: Outcome, run: RunDir) -> str | None:
+def known_cause(outcome: Outcome, run: RunDir) -> str | None:
+    """What to do about a rank's failure, where the cause is a known one."""
     failure = outcome.failure
-    assert failure is not None
+    if failure is None:
+        return None
     entry: dict[str, Any] = next(
         (one for one in run.read_manifest().get("attempts", []) if one["attempt"] == outcome.attempt), {}
     )

@@ -16,6 +16,7 @@ from dtrain.verbs import _runs_tail as _tail
 from dtrain.verbs._table import lines, table
 
 if TYPE_CHECKING:
+    from dtrain.runs import Outcome
     from dtrain.runs.account import Account
 
 ATTEMPTS = 8
@@ -108,7 +109,8 @@ def _show(run: RunDir) -> int:
         pairs.append(("time", f"{duration(time.wall_s)}: {_shares(time)}"))
         pairs += [] if time.left_s is None else [("left", duration(time.left_s))]
     if outcome is not None and outcome.message:
-        pairs.append(("outcome", f"{outcome.kind}: {outcome.message}"))
+        pairs.append(("outcome", f"{outcome.kind}: {outcome.message.splitlines()[0]}"))
+        pairs += _failure(outcome, run)
     git = manifest.get("git") or {}
     if git:
         pairs.append(("git", f"{git.get('commit', '')[:12]}{' with changes' if git.get('dirty') else ''}"))
@@ -118,6 +120,19 @@ def _show(run: RunDir) -> int:
     pairs += [("export", run.export)] if run.export.is_dir() else []
     print("\n".join(lines(pairs)))
     return 0
+
+
+def _failure(outcome: Outcome, run: RunDir) -> list[tuple[str, object]]:
+    """Who failed where, what to do about it, and the log to open."""
+    from dtrain.launchers.verdict import known_cause
+
+    one = outcome.failure
+    if one is None:
+        return []
+    where = f"rank {one.rank} on {one.host}{f' in {one.phase}' if one.phase else ''}"
+    pairs: list[tuple[str, object]] = [("failure", where + (f" at step {one.step}" if one.step is not None else ""))]
+    known = known_cause(outcome, run)
+    return [*pairs, *([("hint", known)] if known else []), ("open", run.path / one.log)]
 
 
 def _shares(time: Account) -> str:

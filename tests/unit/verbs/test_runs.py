@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import cli
-from dtrain.runs import RunDir
+from dtrain.runs import RunDir, record_failure
 from dtrain.runs.listing import summary
 
 
@@ -59,6 +59,22 @@ def test_diff(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["last", "loss", "1", "2"],
     ]
     assert typed(capsys, "diff", "a", "a") == (0, "no difference\n")
+
+
+def test_show_names_who_failed_and_what_to_do(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(runs / "a")
+    run.new_attempt()
+    run.add_attempt(0, micro_batch=4, strategy="ddp", size=2)
+    try:
+        raise MemoryError("no more\nof it")
+    except MemoryError as error:
+        failure = record_failure(run, 0, 1, error, phase="train", step=3, rows=[4, 7])
+    run.write_outcome("oom", 0, message=failure.message, failure=failure)
+    said = {line.split()[0]: line for line in typed(capsys, "show", "a")[1].splitlines()}
+    assert said["outcome"].endswith("oom: no more")
+    assert said["failure"].endswith("in train at step 3")
+    assert "batch.micro_batch=2 " in said["hint"]
+    assert said["open"].endswith("rank-1.log")
 
 
 def test_states(runs: Path) -> None:
