@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -115,8 +115,23 @@ class TextTokenizer:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [each.ids for each in encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """`special`: with the special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+    def decoding(self) -> Callable[[int], str]:
+        """For tokens that come one after the other: gives what of their text is certain, without special tokens."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token_id: stream.step(self._tokenizer, token_id) or ""
+
+    def prompt(self, messages: Messages, tools: Tools = None) -> str:
+        """The text that the assistant's next turn follows on, as it was trained on.
+
+        Raises BadRowError for a conversation that cannot be used, DataError for a tokenizer that cannot chat.
+        """
+        return self._turns(tools).template.render(messages, tools, add_generation_prompt=True)
 
     def masked(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
         """Token ids of a text, and which of them are targets: those whose first character lies in a span.

@@ -63,6 +63,12 @@ class CausalLM(nn.Module):
         return self.get_submodule(self.head_name)(chosen, **targets)
 
 
+def around(model: PreTrainedModel) -> CausalLM:
+    """A model that has its weights, called as one that is trained; they are shared. Raises ModelError."""
+    head_name, linear = _head_of(model)
+    return CausalLM(model, Head(linear, _probe_logits(model, head_name)), head_name).eval()
+
+
 def build_causal(
     assets: Path,
     *,

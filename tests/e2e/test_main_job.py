@@ -114,6 +114,22 @@ def test_the_export_is_the_model(folder: Path, zero3) -> None:
     assert loss == pytest.approx(last["loss"], abs=1e-5)
 
 
+def test_eval_finds_the_loss_of_the_runs_own_evals(
+    folder: Path, zero3, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    assert here(["eval", "main", "--out", "measured.jsonl"]) == 0
+    last = rows(folder / "runs" / "main" / "eval.jsonl")[-1]
+    held_out = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("held out"))
+    assert int(held_out[3].replace(",", "")) == last["num_targets"]
+    assert float(held_out[4]) == pytest.approx(last["loss"], abs=1e-5)
+    found = rows(folder / "measured.jsonl")
+    assert sum(row["num_targets"] for row in found) == last["num_targets"]
+    assert sum(row["loss"] * row["num_targets"] for row in found) / last["num_targets"] == pytest.approx(
+        last["loss"], abs=1e-5
+    )
+
+
 def test_a_checkpoint_is_the_model_of_its_step(folder: Path, zero3, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the way it has the eval loss of that step; of the last step it is what the run itself exported."""
     monkeypatch.chdir(folder)

@@ -1,0 +1,118 @@
+"""A model with its tokenizer, whole on one device, as `generate`, `chat` and `eval` use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.data.tokenizer import TextTokenizer, stop_ids
+from dtrain.errors import ModelError
+from dtrain.models.outputs import has_outputs
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    folder: Path
+    model: Any
+    """Of transformers, or peft's around one; nothing in it is trained. None for a model with outputs of its own in
+    place of a vocabulary."""
+    tokenizer: TextTokenizer
+    stops: frozenset[int]
+    """Tokens at which it stops: what its files say, and what ends a turn of its chat template."""
+    max_positions: int | None
+    device: torch.device
+    dtype: str
+
+    def scored(self) -> nn.Module:
+        """The same weights called as in training: without logits, giving the sum of the cross-entropy over targets, or
+        the log-probability of each. Raises ModelError.
+        """
+        from dtrain.models._causal import around
+
+        return around(self.model) if self.model is not None else self._with_outputs()
+
+    def _with_outputs(self) -> nn.Module:
+        from dtrain.models._causal import build_causal
+        from dtrain.strategies._place import materialise
+
+        made = build_causal(self.folder, seed=0)
+        materialise(made.module, self.device, _DTYPES[self.dtype])
+        with torch.no_grad():
+            for name, param in made.module.named_parameters():
+                param.copy_(made.weights.read(name, 0, param.numel()).view(param.shape))
+        return made.module.requires_grad_(requires_grad=False).eval()
+
+
+def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded:
+    """`folder`: of a model, or of an adapter, which `base` then is the model of. `writes`: it is to give text;
+    otherwise an adapter is worked into its model, in fp32, before that becomes `dtype`. `dtype`: auto, fp32, bf16 or
+    fp16. Raises ModelError, DataError.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging as library
+
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    tokenizer = TextTokenizer.load(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" else "fp32"
+    if base is None and has_outputs(folder):
+        if writes:
+            raise ModelError(f"{folder}: the model has outputs of its own in place of a vocabulary, so it writes "
+                             f"nothing; transformers' AutoModelForSequenceClassification loads it, and `dtrain eval` "
+                             f"measures it")  # fmt: skip
+        return Loaded(folder, None, tokenizer, frozenset(), None, device, dtype)
+    kind = torch.float32 if base is not None and not writes else _DTYPES[dtype]
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base or folder, dtype=kind, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{base or folder}: transformers does not load it: {error}") from error
+    stops = _stops(model, tokenizer, [folder] if base is None else [base, folder])
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # What a model's files say of sampling is not asked for: what is typed is all there is.
+    model.generation_config = GenerationConfig()
+    if base is not None:
+        model = _with_adapter(model, folder, merged=not writes)
+    model.to(device=device, dtype=_DTYPES[dtype]).eval().requires_grad_(requires_grad=False)
+    return Loaded(folder, model, tokenizer, stops, max_positions, device, dtype)
+
+
+def _with_adapter(model: Any, folder: Path, *, merged: bool) -> Any:
+    from dtrain.tuning._peft import CONFIG
+    from dtrain.tuning._peft import load as load_adapter
+
+    if "score" in (json.loads((folder / CONFIG).read_text()).get("modules_to_save") or []):
+        raise ModelError(f"{folder}: an adapter of a model with outputs of its own in place of a vocabulary; `dtrain "
+                         f"export RUN --merge --to DIR` makes a whole model, which `dtrain eval` measures")  # fmt: skip
+    # Of kernels and names that nothing here asks for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned: Any = load_adapter(model, folder)
+    if merged:
+        try:
+            return tuned.merge_and_unload(safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError) as error:
+            raise ModelError(f"{folder}: an adapter that cannot be worked into its model: {error}") from error
+    tuned.generation_config = model.generation_config
+    return tuned
+
+
+def _stops(model: Any, tokenizer: TextTokenizer, folders: list[Path]) -> frozenset[int]:
+    said = model.config.get_text_config().eos_token_id
+    found: list[int | None] = [*([said] if isinstance(said, int) else said or [])]
+    found += [tokenizer.token_id("eos_token"), *(one for folder in folders for one in stop_ids(folder))]
+    found += [tokenizer.token_id(token) for token in tokenizer.ends_of_turns()]
+    return frozenset(one for one in found if one is not None)

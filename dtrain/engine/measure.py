@@ -1,0 +1,124 @@
+"""How likely a model finds rows: the loss of each document of them, and of labels after a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, final
+
+import numpy as np
+import torch
+from torch import nn
+
+from dtrain.comm import AbstractComm
+from dtrain.data.collate import collate
+from dtrain.data.rows import Row
+from dtrain.errors import ModelError
+from dtrain.objectives.base import Around
+from dtrain.plan.batch import BatchPlan
+
+if TYPE_CHECKING:
+    from dtrain.config.spec import ObjectiveSpec
+    from dtrain.data.store import AbstractStore
+    from dtrain.engine.loaded import Loaded
+
+_TOGETHER_TOKENS = 16384
+"""Of one forward."""
+
+
+class Document(NamedTuple):
+    """Of a row, where the objective's targets are tokens; else the row itself."""
+
+    row: int
+    document: int | None
+    loss: float
+    """Sum over the targets."""
+    num_targets: int
+
+
+def documents(module: nn.Module, rows: Iterable[tuple[int, Row]], pad_id: int,
+              device: torch.device) -> Iterator[Document]:  # fmt: skip
+    """The loss of each, from the log-probability of every target: by the head that training uses, without logits."""
+    for i, row in rows:
+        sums = log_probs(module, [row], pad_id, device)
+        counts = np.add.reduceat(row.targets, _starts(row), dtype=np.int64)
+        for k, (value, num) in enumerate(zip(sums, counts.tolist(), strict=True)):
+            yield Document(i, k, -value, num)
+
+
+def whole_rows(  # noqa: PLR0913 - what is measured, by what, and where it is counted
+    module: nn.Module, store: AbstractStore, num_rows: int, objective: ObjectiveSpec, pad_id: int, loaded: Loaded,
+    sums: dict[str, Any],
+) -> Iterator[Document]:  # fmt: skip
+    """The same of objectives whose targets are more than tokens; what else they tell is added up in `sums`. Raises
+    ModelError where a loss compares with the model that training started from, which is not here.
+    """
+    loss_of, make = objective.build(), objective.collator() or collate
+    before = objective.begin(_alone(module, store, objective, pad_id, loaded))
+    for i in range(num_rows):
+        batches = [make([store.row(i)], [i], pad_id).to(loaded.device)]
+        with torch.no_grad():
+            (batch,) = batches if before is None else before(batches, held_out=True)
+            loss = loss_of(module, batch)
+        for name, value in loss.extras.items():
+            sums[name] = sums.get(name, 0) + value.double().reshape(-1).cpu()
+        yield Document(i, None, float(loss.total), loss.num_targets)
+
+
+def _alone(module: nn.Module, store: AbstractStore, objective: ObjectiveSpec, pad_id: int, loaded: Loaded) -> Around:
+    def no_start() -> NoReturn:
+        name = type(objective).__name__.lower()
+        raise ModelError(f"objective={name}: its loss compares with the model that training started from, which is not "
+                         f"here; type objective=sft for the loss of the replies")  # fmt: skip
+
+    return Around(
+        module=module, comm=_Alone(loaded.device), base=None, copy=no_start, rows=(store, store), batch=BatchPlan(1, 1, 1),
+        pad_id=pad_id, assets=loaded.folder, start=no_start, cache=loaded.folder, resumed=True, say=lambda line: None,
+        at=lambda rows: None,
+    )  # fmt: skip
+
+
+@final
+class _Alone(AbstractComm):
+    """Of one process, which has nobody to talk to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size, self.device = 0, 1, device
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def gather(self, value: str) -> list[str]:
+        return [value]
+
+    def sibling(self) -> AbstractComm:
+        return self
+
+    def barrier(self) -> None:
+        """Nobody is waited for."""
+
+
+def log_probs(module: nn.Module, rows: Sequence[Row], pad_id: int, device: torch.device) -> list[float]:
+    """Of each document of these rows, in order, the sum over its targets."""
+    batch = collate(rows, range(len(rows)), pad_id).to(device)
+    with torch.no_grad():
+        each = module(**batch.inputs, each=True).double().cpu().numpy()
+    counts = np.concatenate([np.add.reduceat(row.targets, _starts(row), dtype=np.int64) for row in rows])
+    ends = np.cumsum(counts)
+    return [float(each[end - num : end].sum()) for num, end in zip(counts.tolist(), ends.tolist(), strict=True)]
+
+
+def likeliest(module: nn.Module, labelled: Mapping[str, Row], pad_id: int, device: torch.device) -> dict[str, float]:
+    """The log-probability of each label with the token that ends it; `labelled`: the same text with each."""
+    scores: list[float] = []
+    rows = list(labelled.values())
+    each = max(1, _TOGETHER_TOKENS // max(len(row.tokens) for row in rows))
+    for start in range(0, len(rows), each):
+        scores += log_probs(module, rows[start : start + each], pad_id, device)
+    return dict(zip(labelled, scores, strict=True))
+
+
+def _starts(row: Row) -> np.ndarray:
+    return np.cumsum(row.lengths, dtype=np.int64) - row.lengths

@@ -1,0 +1,46 @@
+"""A model on disk that says something, with a tokenizer and a chat template; and an adapter for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.unit.data.fakes import CHATML, write_tokenizer
+
+VOCAB, POSITIONS = 300, 96
+
+
+def write_model(folder: Path, *, template: str | None = CHATML, seed: int = 0) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=POSITIONS, tie_word_embeddings=True, initializer_range=0.3,
+        eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).float().save_pretrained(folder)
+    write_tokenizer(folder, template)
+    return folder
+
+
+def write_adapter(folder: Path, base: Path, *, path: str | None, digest: str | None) -> Path:
+    """As an export of `tuning=lora` is, with something learned in it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    )
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_" in name:
+                param.normal_(std=0.5)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    (folder / "generation_config.json").unlink()
+    (folder / "base.json").write_text(json.dumps({"path": path, "revision": None, "xxh3": digest, "adapter": True}))
+    return folder

@@ -1,0 +1,173 @@
+"""What `dtrain eval` finds, beside whole logits and `cross_entropy` of transformers and torch on each row alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.cli import run as dtrain
+from dtrain.data.tokenizer import TextTokenizer
+from dtrain.models.assets import weights_digest
+from tests.unit.verbs.say import write_adapter, write_model
+
+WORDS = ["the cat sat", "on the mat", "and the dog", "ran to the house", "hello there", "user system"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("eval") / "model")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _ok(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, str]:
+    assert dtrain(["eval", *(str(one) for one in argv)]) == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    assert dtrain(["eval", *(str(one) for one in argv)]) == 2
+    return capsys.readouterr().err
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _read(path: Path, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row.pop("kind") == kind]
+
+
+def _nll(folder: Path, text: str, learned_from: int = 0, adapter: Path | None = None) -> tuple[float, int]:
+    """Sum of the cross-entropy over the tokens that begin at that character or later, and the end of the text; of the
+    text by itself. How many there are.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    tokenizer = TextTokenizer.load(folder)
+    first = len(tokenizer.encode(text[:learned_from])) or 1
+    ids = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_id]])
+    with torch.no_grad():
+        logits = loaded(input_ids=ids).logits[0, first - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum")), len(ids[0]) - first
+
+
+def _row(out: str, name: str) -> list[str]:
+    return next(line for line in out.splitlines() if line.startswith(name)).removeprefix(name).split()
+
+
+def test_the_loss_of_each_source_and_of_all(model: Path, here: Path, capsys) -> None:
+    for packing in ("true", "false"):
+        files = {"one.jsonl": WORDS[:4], "two.jsonl": WORDS[4:]}
+        for name, texts in files.items():
+            _write(here / name, [{"text": text} for text in texts])
+        out, _ = _ok(capsys, model, "--data", "one.jsonl", "--data", "two.jsonl", "dataset.max_length=32",
+                     f"dataset.packing={packing}", "--out", here / f"out-{packing}")  # fmt: skip
+        found = {name: [_nll(model, text) for text in texts] for name, texts in files.items()}
+        found["all"] = [one for each in found.values() for one in each]
+        for name, each in found.items():
+            total, num = sum(one for one, _ in each), sum(num for _, num in each)
+            _, targets, loss, perplexity = _row(out, name)
+            assert int(targets) == num
+            assert float(loss) == pytest.approx(total / num, abs=2e-6)
+            assert float(perplexity.replace(",", "")) == pytest.approx(torch.tensor(total / num).exp().item(), rel=1e-4)
+        rows = _read(here / f"out-{packing}", "loss")
+        assert [row["source"] for row in rows] == ["one.jsonl"] * 4 + ["two.jsonl"] * 2
+        assert len({(row["source"], row["row"], row["document"]) for row in rows}) == 6
+        assert sorted(row["loss"] for row in rows) == pytest.approx(sorted(a / n for a, n in found["all"]), rel=1e-5)
+    assert len({row["row"] for row in _read(here / "out-true", "loss")}) < 6
+
+
+def test_an_adapter_is_measured_with_its_model(model: Path, here: Path, capsys) -> None:
+    digest = weights_digest(model, here, lambda line: None)
+    adapter = write_adapter(here / "adapter", model, path=str(model), digest=digest)
+    _write(here / "a.jsonl", [{"text": text} for text in WORDS])
+    out, _ = _ok(capsys, adapter, "dataset.path=a.jsonl", "dataset.max_length=32")
+    found = [_nll(model, text, adapter=adapter) for text in WORDS]
+    expected = sum(one for one, _ in found) / sum(num for _, num in found)
+    assert float(_row(out, "a.jsonl")[2]) == pytest.approx(expected, abs=2e-5)
+    assert abs(expected - sum(_nll(model, text)[0] for text in WORDS) / sum(num for _, num in found)) > 1e-3
+
+
+def test_labels_by_how_likely_they_are(model: Path, here: Path, capsys) -> None:
+    labels = ["mat", "the dog", "house"]
+    rows = [{"text": text, "label": labels[i % 3]} for i, text in enumerate(WORDS)]
+    _write(here / "labels.jsonl", rows)
+    out, _ = _ok(capsys, model, "--data", "labels.jsonl", "dataset.max_length=48", "--out", "out")
+    lines = _read(here / "out", "label")
+    hits = 0
+    for line, row in zip(lines, rows, strict=True):
+        scores = {label: -_nll(model, f"{row['text']}\n{label}", len(row["text"]) + 1)[0] for label in labels}
+        assert line["scores"] == pytest.approx(scores, rel=1e-5)
+        assert (line["label"], line["predicted"]) == (row["label"], max(scores, key=scores.__getitem__))
+        hits += line["label"] == line["predicted"]
+    assert f"labels.jsonl: 6 labelled rows, accuracy {hits / 6:.4f}, macro_f1 " in out
+    table = out[out.index("is \\ said") :].splitlines()
+    for line in table[1:4]:
+        label, *counts = re.split(r" {2,}", line.strip())
+        assert sum(map(int, counts)) == 2
+        for other, count in zip(sorted(labels), counts, strict=True):
+            assert int(count) == sum((one["label"], one["predicted"]) == (label, other) for one in lines)
+
+
+def test_what_it_writes_beside_what_is_expected(model: Path, here: Path, capsys, monkeypatch) -> None:
+    _write(here / "in.jsonl", [{"prompt": text} for text in WORDS[:3]])
+    assert dtrain(["generate", str(model), "--in", "in.jsonl", "--out", "said", "--max-new-tokens", "9"]) == 0
+    said = [json.loads(line)["generated"] for line in (here / "said").read_text(encoding="utf-8").splitlines()]
+    # The first is what it says, the others are not.
+    pairs = [{"prompt": text, "completion": say if i == 0 else "zzz"}
+             for i, (text, say) in enumerate(zip(WORDS, said, strict=False))]  # fmt: skip
+    _write(here / "pairs.jsonl", pairs)
+    (here / "mine_of_eval.py").write_text("def length(written, expected): return len(expected)\n")
+    monkeypatch.syspath_prepend(str(here))
+    capsys.readouterr()
+    out, err = _ok(capsys, model, "--data", "pairs.jsonl", "dataset.max_length=64", "dataset.columns.prompt=prompt",
+                   "--generate", "--score", "mine_of_eval:length", "--max-new-tokens", 9, "--out", "out")  # fmt: skip
+    lines = _read(here / "out", "generation")
+    assert [line["generated"] for line in lines] == said
+    assert [line["exact"] for line in lines] == [1.0, 0.0, 0.0]
+    assert [line["length"] for line in lines] == [len(pairs[0]["completion"]), 3, 3]
+    titles, values = (re.split(r" {2,}", line.strip()) for line in out.splitlines()[-3:-1])
+    means = dict(zip(titles[2:], map(float, values[2:]), strict=True))
+    assert means["exact"] == pytest.approx(1 / 3, abs=1e-4)
+    assert ("bleu" in means) != ("BLEU is not told: it needs sacrebleu" in err)
+
+
+def test_what_is_refused(model: Path, here: Path, capsys) -> None:
+    assert "type --data FILE, or dataset.path=FILE" in _refused(capsys, model)
+    text = _refused(capsys, model, "--data", "gone.jsonl", "--rows", 0, "--score", "a:b", "--out", "no/x")
+    assert text.startswith("4 problems:\n"), text
+    assert "--data gone.jsonl: no such file or folder" in text
+    _write(here / "a.jsonl", [{"text": "the cat"}])
+    text = _refused(capsys, model, "--data", "a.jsonl", "optim.lr=1", "nope")
+    assert "optim.lr=1: not for `dtrain eval`, which takes keys of dataset, objective, template" in text
+    assert "dataset.max_lenth" in _refused(capsys, model, "--data", "a.jsonl", "dataset.max_lenth=32")
+    assert "in which no reply is expected" in _refused(
+        capsys, model, "--data", "a.jsonl", "--generate", "dataset.max_length=32"
+    )
+    pair = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the"}]}
+    pair["rejected"] = [pair["chosen"][0], {"role": "assistant", "content": "cat"}]
+    _write(here / "pairs.jsonl", [pair])
+    text = _refused(capsys, model, "--data", "pairs.jsonl", "dataset.max_length=64")
+    assert "objective=dpo: its loss compares with the model that training started from" in text
+    out, _ = _ok(capsys, model, "--data", "pairs.jsonl", "dataset.max_length=64", "objective=orpo")
+    assert _row(out, "pairs.jsonl")[1] == "1"
+    assert _row(out, "pairs.jsonl")[3] == "-"
+    (here / "nowhere.txt").mkdir()
+    assert "neither a run nor a folder" in _refused(capsys, here / "nowhere.txt", "--data", "a.jsonl")
