@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dtrain.data.chat import Messages, Span, Tools
     from dtrain.data.turns import Turns
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MARKER = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_\w+>|</?s>|\[/?[A-Z_]+\]")
 """What looks like a special token in what a template writes."""
@@ -27,7 +27,7 @@ def tokenizer_digest(folder: Path) -> str:
     import xxhash
 
     state = xxhash.xxh3_128()
-    for name in _FILES:
+    for name in FILES:
         path = folder / name
         content = path.read_bytes() if path.is_file() else b""
         state.update(f"{name}\0{len(content)}\0".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, final
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, final
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Document(NamedTuple):
     loss: float
     """Sum over the targets."""
     num_targets: int
+    extras: Mapping[str, torch.Tensor] = {}
+    """What the objective tells besides: sums over the targets, flattened."""
 
 
 def documents(module: nn.Module, rows: Iterable[tuple[int, Row]], pad_id: int,
@@ -45,12 +47,11 @@ def documents(module: nn.Module, rows: Iterable[tuple[int, Row]], pad_id: int,
             yield Document(i, k, -value, num)
 
 
-def whole_rows(  # noqa: PLR0913 - what is measured, by what, and where it is counted
-    module: nn.Module, store: AbstractStore, num_rows: int, objective: ObjectiveSpec, pad_id: int, loaded: Loaded,
-    sums: dict[str, Any],
-) -> Iterator[Document]:  # fmt: skip
-    """The same of objectives whose targets are more than tokens; what else they tell is added up in `sums`. Raises
-    ModelError where a loss compares with the model that training started from, which is not here.
+def whole_rows(
+    module: nn.Module, store: AbstractStore, num_rows: int, objective: ObjectiveSpec, pad_id: int, loaded: Loaded
+) -> Iterator[Document]:
+    """The same of objectives whose targets are more than tokens. Raises ModelError where a loss compares with the model
+    that training started from, which is not here.
     """
     loss_of, make = objective.build(), objective.collator() or collate
     before = objective.begin(_alone(module, store, objective, pad_id, loaded))
@@ -59,9 +60,8 @@ def whole_rows(  # noqa: PLR0913 - what is measured, by what, and where it is co
         with torch.no_grad():
             (batch,) = batches if before is None else before(batches, held_out=True)
             loss = loss_of(module, batch)
-        for name, value in loss.extras.items():
-            sums[name] = sums.get(name, 0) + value.double().reshape(-1).cpu()
-        yield Document(i, None, float(loss.total), loss.num_targets)
+        extras = {name: value.double().reshape(-1).cpu() for name, value in loss.extras.items()}
+        yield Document(i, None, float(loss.total), loss.num_targets, extras)
 
 
 def _alone(module: nn.Module, store: AbstractStore, objective: ObjectiveSpec, pad_id: int, loaded: Loaded) -> Around:
@@ -71,9 +71,9 @@ def _alone(module: nn.Module, store: AbstractStore, objective: ObjectiveSpec, pa
                          f"here; type objective=sft for the loss of the replies")  # fmt: skip
 
     return Around(
-        module=module, comm=_Alone(loaded.device), base=None, copy=no_start, rows=(store, store), batch=BatchPlan(1, 1, 1),
-        pad_id=pad_id, assets=loaded.folder, start=no_start, cache=loaded.folder, resumed=True, say=lambda line: None,
-        at=lambda rows: None,
+        module=module, comm=_Alone(loaded.device), base=None, copy=no_start, rows=(store, store),
+        batch=BatchPlan(1, 1, 1), pad_id=pad_id, assets=loaded.folder, start=no_start, cache=loaded.folder,
+        resumed=True, say=lambda line: None, at=lambda rows: None,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -11,7 +12,10 @@ from dtrain.config import frozen
 from dtrain.config.compose import compose
 from dtrain.config.spec import AbstractSpec, DatasetSpec, ModelSpec, ObjectiveSpec, TemplateSpec
 from dtrain.config.validate import validate_spec
+from dtrain.data.tokenizer import FILES as TOKENIZER_FILES
+from dtrain.datasets.base import Labelled, Skipped
 from dtrain.errors import ConfigError, RunError
+from dtrain.folders import whole_folder
 from dtrain.verbs._model import Named, say
 
 if TYPE_CHECKING:
@@ -147,13 +151,30 @@ def _prepared(named: Named, specs: _Specs, name: str, dataset: DatasetSpec, most
     from dtrain.data.store import RowStore
 
     data = named.run.read_manifest().get("data") if named.run is not None else None
-    cache = Path(data["dir"]).parent if isinstance(data, dict) else Path("runs") / ".cache"
-    ready = prepare(dataset, specs.objective, _Ready(named.folder), specs.template, seed=specs.seed, eval_fraction=0,
-                    cache=cache.absolute(), say=say)  # fmt: skip
+    cache = (Path(data["dir"]).parent if isinstance(data, dict) else Path("runs") / ".cache").absolute()
+    if isinstance(next((one for one in dataset.examples() if not isinstance(one, Skipped)), None), Labelled):
+        dataset = dataclasses.replace(cast(Any, dataset), packing=False)  # a text a row: each is told of by itself
+    ready = prepare(dataset, specs.objective, _Ready(_with_config(named, cache)), specs.template, seed=specs.seed,
+                    eval_fraction=0, cache=cache, say=say)  # fmt: skip
     for line in ready.lines():
         say(line)
     store = RowStore(ready.dir / FILES[0])
     return Source(name, store, min(len(store), most or len(store)), ready.pad_id, ready.objective, dataset)
+
+
+def _with_config(named: Named, cache: Path) -> Path:
+    """A folder with tokenizer and configuration: of an adapter, one in the cache with links to both."""
+    if named.base is None:
+        return named.folder
+    where = f"{named.folder.resolve()}\0{named.base.resolve()}"
+    target = cache / f"adapter-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+    if not target.is_dir():
+        with whole_folder(target) as making:
+            (making / "config.json").symlink_to((named.base / "config.json").resolve())
+            for name in TOKENIZER_FILES:
+                if (named.folder / name).is_file():
+                    (making / name).symlink_to((named.folder / name).resolve())
+    return target
 
 
 def _held_out(named: Named, config: Config | None, typed: Sequence[str], most: int | None) -> list[Source]:

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -19,9 +19,11 @@ from dtrain.verbs._table import table
 if TYPE_CHECKING:
     from torch import nn
 
+    from dtrain.config.spec import ObjectiveSpec
     from dtrain.datasets.base import Example, Labelled
     from dtrain.engine.generate import Reply
     from dtrain.engine.loaded import Loaded
+    from dtrain.engine.measure import Document
     from dtrain.verbs._eval_rows import Source
 
 _BATCH = 8
@@ -120,16 +122,19 @@ class _Eval:
         from dtrain.engine import measure
 
         objective, sums = source.objective, dict[str, Any]()
+        choice = _choice(objective)
         is_tokens = objective.collator() is None
         found = (measure.documents(self._module, source.rows(), source.pad_id, self._loaded.device) if is_tokens
                  else measure.whole_rows(self._module, source.store, source.num_rows, objective, source.pad_id,
-                                         self._loaded, sums))  # fmt: skip
+                                         self._loaded))  # fmt: skip
         total, num_targets = 0.0, 0
         for one in found:
             total, num_targets = total + one.loss, num_targets + one.num_targets
             where = {"row": one.row} if one.document is None else {"row": one.row, "document": one.document}
+            for name, value in one.extras.items():
+                sums[name] = sums.get(name, 0) + value
             self._say(kind="loss", source=source.name, **where, loss=one.loss / max(1, one.num_targets),
-                      num_targets=one.num_targets)  # fmt: skip
+                      num_targets=one.num_targets, **choice(one))  # fmt: skip
             _progress(f"{source.name}: {one.row + 1:,} of {source.num_rows:,} rows")
         _progress("")
         told = {name: value.tolist() for name, value in sums.items()}
@@ -282,6 +287,20 @@ def _losses(found: list[_Loss]) -> Iterator[tuple[str, ...]]:
     for one in [*found, total] if len(found) > 1 else found:
         perplexity = f"{math.exp(min(one.loss, 700)):,.4f}" if one.is_tokens else "-"
         yield one.name, f"{one.num_rows:,}", f"{one.num_targets:,}", f"{one.loss:.6f}", perplexity
+
+
+def _choice(objective: ObjectiveSpec) -> Callable[[Document], Mapping[str, str]]:
+    """Of a row that is one text: its label, and the one that was chosen; nothing where there are no labels."""
+    from dtrain.objectives.labels import AbstractLabels
+
+    def chosen(one: Document) -> Mapping[str, str]:
+        if not isinstance(objective, AbstractLabels) or one.num_targets != 1:
+            return {}
+        labels, counts = objective.confusion({name: value.tolist() for name, value in one.extras.items()})
+        pairs = zip(labels, counts, strict=True)
+        return next({"label": is_, "predicted": labels[list(row).index(1)]} for is_, row in pairs if any(row))
+
+    return chosen
 
 
 def _of_objective(source: Source, loss: _Loss) -> Iterator[str]:

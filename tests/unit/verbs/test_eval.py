@@ -50,9 +50,11 @@ def _read(path: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row.pop("kind") == kind]
 
 
-def _nll(folder: Path, text: str, learned_from: int = 0, adapter: Path | None = None) -> tuple[float, int]:
+def _nll(
+    folder: Path, text: str, learned_from: int = 0, adapter: Path | None = None, label: str = ""
+) -> tuple[float, int]:
     """Sum of the cross-entropy over the tokens that begin at that character or later, and the end of the text; of the
-    text by itself. How many there are.
+    text by itself. How many there are. `label`: after the text, by its own tokens, of which alone the loss is.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -62,7 +64,9 @@ def _nll(folder: Path, text: str, learned_from: int = 0, adapter: Path | None = 
         loaded = PeftModel.from_pretrained(loaded, adapter)
     tokenizer = TextTokenizer.load(folder)
     first = len(tokenizer.encode(text[:learned_from])) or 1
-    ids = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_id]])
+    if label:
+        first = len(tokenizer.encode(text))
+    ids = torch.tensor([[*tokenizer.encode(text), *(tokenizer.encode(label) if label else ()), tokenizer.eos_id]])
     with torch.no_grad():
         logits = loaded(input_ids=ids).logits[0, first - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum")), len(ids[0]) - first
@@ -109,7 +113,7 @@ def test_labels_by_how_likely_they_are(model: Path, here: Path, capsys) -> None:
     labels = ["mat", "the dog", "house"]
     rows = [{"text": text, "label": labels[i % 3]} for i, text in enumerate(WORDS)]
     _write(here / "labels.jsonl", rows)
-    out, _ = _ok(capsys, model, "--data", "labels.jsonl", "dataset.max_length=48", "--out", "out")
+    out, _ = _ok(capsys, model, "--data", "labels.jsonl", "dataset.max_length=48", "objective=sft", "--out", "out")
     lines = _read(here / "out", "label")
     hits = 0
     for line, row in zip(lines, rows, strict=True):
@@ -124,6 +128,22 @@ def test_labels_by_how_likely_they_are(model: Path, here: Path, capsys) -> None:
         assert sum(map(int, counts)) == 2
         for other, count in zip(sorted(labels), counts, strict=True):
             assert int(count) == sum((one["label"], one["predicted"]) == (label, other) for one in lines)
+
+
+def test_an_objective_of_labels_tells_of_each_text(model: Path, here: Path, capsys) -> None:
+    labels = ["house", "mat", "the dog"]
+    rows = [{"text": text, "label": labels[i % 3]} for i, text in enumerate(WORDS)]
+    _write(here / "labels.jsonl", rows)
+    out, _ = _ok(capsys, model, "--data", "labels.jsonl", "dataset.max_length=48", "objective=classify", "--out", "out")
+    lines, losses = _read(here / "out", "loss"), []
+    for line, row in zip(lines, rows, strict=True):
+        scores = {label: _nll(model, f"{row['text']}\n", label=label)[0] for label in labels}
+        losses.append(scores[row["label"]])
+        assert line["loss"] == pytest.approx(losses[-1], rel=1e-5)
+        assert (line["label"], line["predicted"]) == (row["label"], min(scores, key=scores.__getitem__))
+    assert float(_row(out, "labels.jsonl")[2]) == pytest.approx(sum(losses) / 6, abs=1e-5)
+    hits = sum(line["label"] == line["predicted"] for line in lines)
+    assert f"accuracy {hits / 6:.4f}" in out
 
 
 def test_what_it_writes_beside_what_is_expected(model: Path, here: Path, capsys, monkeypatch) -> None:

@@ -104,12 +104,15 @@ def test_texts_and_turns_end_a_reply(model: Path, tmp_path: Path, capsys) -> Non
 def test_a_turn_ends_where_the_template_or_the_files_say(model: Path, tmp_path: Path) -> None:
     from dtrain.engine.loaded import load
 
-    assert load(model, None, dtype="auto").stops == {0, 3, 7}
+    assert load(model, None, dtype="auto", writes=True).stops == {0, 3, 7}
     (tmp_path / "other").mkdir()
     for file in model.iterdir():
         if file.name != "generation_config.json":
             (tmp_path / "other" / file.name).symlink_to(file)
-    assert load(tmp_path / "other", None, dtype="auto").stops == {0, 3}  # <|im_end|> of its template, and eos
+    assert load(tmp_path / "other", None, dtype="auto", writes=True).stops == {
+        0,
+        3,
+    }  # <|im_end|> of its template, and eos
 
 
 def test_conversations_are_rendered_as_they_are_trained_on(model: Path, tmp_path: Path, capsys) -> None:
