@@ -2,7 +2,8 @@
 
 `DTRAIN_FAIL=ckpt.manifest:kill` kills every process that comes to that place; `ckpt.tensors:kill:rank=1:after=2` the
 one of rank 1, at the third time; `ckpt.tensors:sleep=0.5` waits there; `ckpt.tensors:full:times=1` fails as a full disk
-does, once; `train.forward:oom:attempt=0` as a device without memory does, in the run's first attempt.
+does, once; `train.forward:oom:attempt=0` as a device without memory does, in the run's first attempt;
+`at.eval:term` is told to stop there, as by a scheduler.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def reach(name: str) -> None:
             continue
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
         elif what.startswith("sleep="):
             time.sleep(float(what.removeprefix("sleep=")))
         elif what == "full":
@@ -45,4 +48,4 @@ def reach(name: str) -> None:
 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         else:
-            raise ValueError(f"{VARIABLE}={said}: {what}: none of kill, sleep=SECONDS, full, oom")
+            raise ValueError(f"{VARIABLE}={said}: {what}: none of kill, term, sleep=SECONDS, full, oom")

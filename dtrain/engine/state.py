@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dtrain.failpoints import reach
+
 
 @dataclasses.dataclass(slots=True)
 class Progress:
@@ -26,6 +28,7 @@ class Progress:
         if step is not None:
             self.step = step
         self.pulse(phase, self.step, rows)
+        reach(f"at.{phase}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

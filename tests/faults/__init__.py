@@ -20,6 +20,7 @@
 | a rank does not see the folder of the others | said in these words | `test_storage.py`, the last two |
 | the data changed between two attempts | refused, unless allowed | `test_damage.py::test_changed_data_is_refused` |
 | memory runs out in a step, on one rank | kind oom with a hint; or the step is done again in smaller micro-batches | `test_oom.py` |
+| one rank is told to stop while it starts, evaluates, saves or exports | all stop at one step, saved, and go on to the same result; an export is ended first | `test_told.py` |
 | a rank is killed again and again | started again with growing waits, while it gets on | `test_restart.py` |
 | a rank spins, sleeps or is halted | found in time and named, with the stacks of all | `tests/ranks/test_hang.py` |
 | clocks jump, times of files lie | the step decides; durations stay true; the lock holds | `test_clocks.py` |
