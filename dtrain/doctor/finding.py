@@ -16,4 +16,4 @@ class Finding:
     """What to do."""
 
     def line(self) -> str:
-        return f"{self.state:<5} {self.name:<10} {self.text}" + (f": {self.advice}" if self.advice else "")
+        return f"{self.state:<5} {self.name:<12} {self.text}" + (f": {self.advice}" if self.advice else "")

@@ -106,7 +106,7 @@ def test_a_rank_that_is_slower_than_the_others_is_named(monkeypatch: pytest.Monk
     assert (one.state, "rank 2 takes 12.0 ms" in one.text) == ("warn", True)
     monkeypatch.setattr(checks, "ask_all", lambda argvs, envs, timeout_s: [Said(None, "Connection refused")] * 2)
     assert (
-        checks.between([("h", 0, 0), ("h", 1, 1)], 2, 1).line().startswith("fail  ranks      rank 0 of 2: Connection")
+        checks.between([("h", 0, 0), ("h", 1, 1)], 2, 1).line().startswith("fail  ranks        rank 0 of 2: Connection")
     )
 
 
