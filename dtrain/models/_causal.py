@@ -53,14 +53,14 @@ class CausalLM(nn.Module):
         self._lay_out = backend.lay_out
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, **targets: Any
+        self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, *targets: Any, **further: Any
     ) -> torch.Tensor:
-        """What the head makes of the hidden states at `target_index`, and of `targets`: with `target_ids` a fp32
+        """What the head makes of the hidden states at `target_index`, and of all that follows: with `target_ids` a fp32
         scalar, with `each=True` besides one for every target, [N]; attached to every parameter, without targets too.
         """
         hidden = self.decoder_module(**self._lay_out(tokens, positions)).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1])[target_index]
-        return self.get_submodule(self.head_name)(chosen, **targets)
+        return self.get_submodule(self.head_name)(chosen, *targets, **further)
 
 
 def around(model: PreTrainedModel) -> CausalLM:
