@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if run.holder() is not None:
         raise RunError(f"{run.path}: another rehearsal of this run is at it; wait for its end")
     shutil.rmtree(run.path, ignore_errors=True)
-    print(f"--- rehearsal of {proposal.config.run.name}: the first {STEPS} steps, with the longest rows", flush=True)
+    print(f"--- rehearsal of {proposal.config.run.name}: the first {STEPS} steps, with {_rows(proposal)}", flush=True)
     codes = [_launch(typed)]
     if codes[0] == STOPPED:
         print(f"--- rehearsal of {proposal.config.run.name}: going on", flush=True)
@@ -84,6 +84,11 @@ def _changes(proposal: Proposal) -> list[str]:
 
 def _name(proposal: Proposal) -> str:
     return proposal.config.run.name[:180] + SUFFIX
+
+
+def _rows(proposal: Proposal) -> str:
+    """Which rows are tried, in words."""
+    return "rows of the stream as they come" if proposal.config.dataset.streaming else "the longest rows"
 
 
 def _launch(typed: list[str]) -> int:
@@ -127,7 +132,7 @@ def _told(run: RunDir, proposal: Proposal, problem: str | None) -> Iterator[str]
     if rows:
         worst = max(rows, key=lambda row: row["mem_bytes"])
         there = size(proposal.plan.capacity_bytes)
-        yield f"memory     at most {size(worst['mem_bytes'])} of {there} a rank, with the longest rows"
+        yield f"memory     at most {size(worst['mem_bytes'])} of {there} a rank, with {_rows(proposal)}"
         yield f"step       {min(row['step_s'] for row in rows):.2f} s with them: {rows[0]['tokens']:,} tokens"
         yield from _whole(run, rows)
     for event in [event for event in events if event["kind"] == "saved"][:1]:
