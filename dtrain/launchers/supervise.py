@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -116,7 +117,14 @@ def end_left(run: RunDir) -> int:
     """End what a launcher that was killed has left running here, once it had the time to save; returns how many that
     were. To be called by the holder of the run's lock.
     """
+    for left in Path(tempfile.gettempdir()).glob(f"{_places_of(run)}*"):
+        shutil.rmtree(left, ignore_errors=True)
     return sweep(run.path, patience_s=STOPPING_S)
+
+
+def _places_of(run: RunDir) -> str:
+    """How the names of folders begin in which its ranks say where they are."""
+    return f"dtrain-ranks-{hashlib.sha256(os.fsencode(run.path)).hexdigest()[:12]}-"
 
 
 def _to_stderr(line: str) -> None:
@@ -144,7 +152,7 @@ class _Job:
     def __init__(self, command: Command, run: RunDir, attempt: int, note: Callable[[str], None],
                  hang_after: HangAfter, team: AbstractTeam | None) -> None:  # fmt: skip
         self.command, self.run, self.attempt, self.note, self.team = command, run, attempt, note, team
-        self.pulses = Path(tempfile.mkdtemp(prefix="dtrain-ranks-"))
+        self.pulses = Path(tempfile.mkdtemp(prefix=_places_of(run)))
         """Where the ranks say where they are: on this machine's own disk."""
         self.watch = Watch(self.pulses, hang_after)
         self.places: list[Place] = []

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 from dtrain.config.spec import Command
 from dtrain.launchers._processes import marked
 from dtrain.launchers.local import Local
-from dtrain.launchers.supervise import supervise
+from dtrain.launchers.supervise import _places_of, end_left, supervise
 from dtrain.launchers.verdict import explain
 from dtrain.plan.world import Topology
 from dtrain.runs import Outcome, RunDir
@@ -170,3 +171,7 @@ def test_a_killed_launcher_leaves_no_orphans(run: RunDir) -> None:
     while marked(run.path) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert marked(run.path) == []
+    folder = Path(tempfile.gettempdir())
+    assert len(list(folder.glob(f"{_places_of(run)}*"))) == 1
+    end_left(run)  # as the next start does
+    assert list(folder.glob(f"{_places_of(run)}*")) == []
