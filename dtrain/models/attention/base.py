@@ -36,7 +36,7 @@ class Asked:
     @classmethod
     def of(cls, kind: type[PreTrainedModel], config: PretrainedConfig, setting: Setting) -> Asked:
         text = config.get_text_config()
-        heads = text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None) or 1  # there are layers that count none
         dropouts = [getattr(text, key, None) or 0.0 for key in ("attention_dropout", "attn_pdrop")]
         changes = kind._can_set_attn_implementation()
         return cls(
