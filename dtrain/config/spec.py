@@ -231,6 +231,8 @@ class ObjectiveSpec(AbstractSpec):
     keeps_targets: ClassVar[bool] = False
     """Whether an example that is truncated loses some of what comes before its targets, rather than its end."""
 
+    of_loss: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the rows do not depend on, so that prepared ones serve for other values too."""
     learns_tokens: ClassVar[bool] = True
     """Whether an example of which no token is a target has nothing to learn."""
 

@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -158,7 +158,7 @@ class _Job:
             "tokenizer": tokenizer_digest(self.model_folder),
             "template.name": self.template.name,
             "text of the template": [self.template.text, self.template.ends],
-            **_values("objective", self.objective),
+            **_values("objective", self.objective, but=self.objective.of_loss),
             "eval.fraction": self.eval_fraction,
             "run.seed": self.seed,
         }
@@ -261,10 +261,10 @@ def _along(path: Path, cache: Path) -> bool:
     return path == cache or cache in path.parents or path in cache.parents
 
 
-def _values(name: str, spec: AbstractSpec) -> dict[str, Any]:
+def _values(name: str, spec: AbstractSpec, *, but: Collection[str] = ()) -> dict[str, Any]:
     fields = dataclasses.fields(cast("Any", spec))
     kind = f"{type(spec).__module__}.{type(spec).__qualname__}"
-    unused = _OF_STREAMS if not getattr(spec, "streaming", True) else ()
+    unused = [*but, *(_OF_STREAMS if not getattr(spec, "streaming", True) else ())]
     names = [field.name for field in fields if field.name not in unused]
     return {name: kind, **{f"{name}.{each}": getattr(spec, each) for each in names}}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 @spec
 class DPO(AbstractPairs):
+    of_loss: ClassVar[frozenset[str]] = frozenset({"loss", "beta", "label_smoothing", "reference"})
+
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """Of how much more the chosen reply has gained: DPO's own (arXiv 2305.18290); the square of the distance from
     1/(2 beta), of means over tokens (IPO, arXiv 2310.12036); or what lacks to 1/beta (arXiv 2305.10425)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dtrain.config.spec import spec
 from dtrain.datasets.badrows import BadRowError
@@ -36,6 +36,8 @@ class KTO(AbstractReplies):
     documents, the prompt with its reply and the prompt with that of the next row that has another prompt. The mean is
     taken over the whole global batch before its losses, by a forward without gradients.
     """
+
+    of_loss: ClassVar[frozenset[str]] = frozenset({"beta", "good_weight", "bad_weight", "reference"})
 
     beta: Positive = 0.1
     """How closely the model is held to the reference."""

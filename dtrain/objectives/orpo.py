@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class ORPO(AbstractPairs):
     """arXiv 2403.07691. There is no reference model."""
 
+    of_loss: ClassVar[frozenset[str]] = frozenset({"weight"})
+
     weight: Positive = 0.1
     """Of the odds ratio's term beside the cross-entropy of the chosen reply, which is the mean over its tokens; lambda
     in the paper, beta in other libraries."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dtrain.config.spec import spec
 from dtrain.objectives.replies import AbstractPairs, NotNegative, Positive
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @spec
 class SimPO(AbstractPairs):
     """arXiv 2405.14734."""
+
+    of_loss: ClassVar[frozenset[str]] = frozenset({"beta", "gamma"})
 
     beta: Positive = 2.0
     """What the mean log-probability of a reply's tokens is multiplied by."""

@@ -64,6 +64,10 @@ def test_pairs_are_packed_whole(tmp_path):
              "rejected": [{"role": "assistant", "content": "the mat"}]} for i in range(9)]  # fmt: skip
     done = prepared("preference", rows, tmp_path, max_length=96)
     assert done.objective == DPO()
+    first, again = (prepared("preference", rows, tmp_path, max_length=96, objective=one)
+                    for one in (DPO(), DPO(beta=0.5, loss="ipo", reference="copy")))  # fmt: skip
+    assert again.dir == first.dir, "the rows do not depend on the loss"
+    assert again.objective == DPO(beta=0.5, loss="ipo", reference="copy")
     store = RowStore(done.dir / "train.arrow")
     assert done.num_documents == 9
     lengths = [store.row(i).lengths for i in range(len(store))]
