@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from dtrain.config import frozen
-from dtrain.config.compose import compose
+from dtrain.config.compose import compose, load_yaml
 from dtrain.config.spec import AbstractSpec, DatasetSpec, ModelSpec, ObjectiveSpec, TemplateSpec
 from dtrain.config.validate import validate_spec
 from dtrain.data.tokenizer import FILES as TOKENIZER_FILES
@@ -21,11 +20,11 @@ from dtrain.verbs._model import Named, say
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from dtrain.config.schema import Config
     from dtrain.data.rows import Row
     from dtrain.data.store import RowStore
     from dtrain.models.base import ModelBundle
     from dtrain.plan.figures import Figures
+    from dtrain.runs import RunDir
 
 _GROUPS = ("dataset", "objective", "template")
 _KEPT = ("max_length", "packing", "on_long")
@@ -69,10 +68,10 @@ def find(named: Named, overrides: Sequence[str], files: Sequence[str], *, plugin
          most: int | None) -> list[Source]:  # fmt: skip
     """`files`: each is a source by itself; `most`: rows of each. Raises ConfigError, DataError, RunError."""
     _check(overrides)
-    config = None if named.run is None else frozen.read(named.run.config, plugins=plugins)
+    config = None if named.run is None else _settled(named.run)
     typed = _typed(overrides)
     if not files and not any(key.partition(".")[0] == "dataset" for key in typed):
-        return _held_out(named, config, typed, most)
+        return _held_out(named, config, typed, plugins, most)
     found = []
     every: Sequence[str | None] = files or [None]
     for file in every:
@@ -90,6 +89,14 @@ class _Specs(NamedTuple):
     seed: int
 
 
+def _settled(run: RunDir) -> Mapping[str, Any]:
+    """What it was trained with, as plain data: files that are gone since are not asked for. Raises ConfigError."""
+    plain = load_yaml(run.config)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{run.config}: not a configuration")
+    return plain
+
+
 def _check(overrides: Sequence[str]) -> None:
     problems = [f"{text}: not for `dtrain eval`, which takes keys of {', '.join(_GROUPS)}; what a run was trained with "
                 f"cannot be changed" for text in overrides if _key(text).partition(".")[0] not in _GROUPS]  # fmt: skip
@@ -105,14 +112,14 @@ def _typed(overrides: Sequence[str]) -> list[str]:
     return [_key(text) for text in overrides]
 
 
-def _specs(overrides: Sequence[str], config: Config | None, plugins: Sequence[str]) -> _Specs:
+def _specs(overrides: Sequence[str], config: Mapping[str, Any] | None, plugins: Sequence[str]) -> _Specs:
     """The run's, with what was typed in their place. Raises ConfigError with all problems."""
     composed = compose(overrides)
     problems = list(composed.problems)
     found: dict[str, AbstractSpec] = {}
     for group in _GROUPS:
         now: dict[str, Any] = composed.values[group]
-        entry = now if config is None else _over(frozen.to_plain(config)[group], now, group, _typed(overrides))
+        entry = now if config is None else _over(config[group], now, group, _typed(overrides))
         if entry.get("streaming"):  # the same rows; all of them are looked at here, from a file
             entry = {**entry, "streaming": False}
         try:
@@ -121,7 +128,7 @@ def _specs(overrides: Sequence[str], config: Config | None, plugins: Sequence[st
             problems.append(str(error))
     if problems:
         raise ConfigError.of(problems)
-    seed = 0 if config is None else config.run.seed
+    seed = 0 if config is None else config["run"]["seed"]
     return _Specs(cast(DatasetSpec, found["dataset"]), cast(ObjectiveSpec, found["objective"]),
                   cast(TemplateSpec, found["template"]).settled(), seed)  # fmt: skip
 
@@ -177,7 +184,8 @@ def _with_config(named: Named, cache: Path) -> Path:
     return target
 
 
-def _held_out(named: Named, config: Config | None, typed: Sequence[str], most: int | None) -> list[Source]:
+def _held_out(named: Named, config: Mapping[str, Any] | None, typed: Sequence[str], plugins: Sequence[str],
+              most: int | None) -> list[Source]:  # fmt: skip
     from dtrain.data.prepared import FILES, read_prepared
 
     if named.run is None or config is None:
@@ -189,11 +197,12 @@ def _held_out(named: Named, config: Config | None, typed: Sequence[str], most: i
     data = named.run.read_manifest().get("data")
     if not isinstance(data, dict):
         raise RunError(f"{named.run.path}: does not say where its rows are; type --data FILE")
-    ready = read_prepared(Path(data["dir"]), Path(data["assets"]), config.objective)
+    objective = cast(ObjectiveSpec, validate_spec("objective", config["objective"], plugins=plugins))
+    ready = read_prepared(Path(data["dir"]), Path(data["assets"]), objective)
     held = ready.rows(FILES[1])
     if not len(held):
         raise RunError(f"{named.run.path}: no rows are held out (eval.fraction); type --data FILE")
-    limit = most or config.eval.max_rows or len(held)
+    limit = most or config["eval"]["max_rows"] or len(held)
     chosen, first = held.first(limit), 0
     fewer = most is None and len(chosen) < len(held)
     say(f"data: {len(chosen):,} of the {len(held):,} rows that the run holds out"

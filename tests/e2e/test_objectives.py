@@ -57,6 +57,11 @@ def test_a_classifier_beats_the_majority_and_loads_in_transformers(
     assert [model.config.id2label[i] for i in found] == ["bad", "good"]
     assert run(["generate", str(folder), "--prompt", "a"]) == 2
     assert "has outputs of its own in place of a vocabulary" in capsys.readouterr().err
+    assert run(["eval", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert f"accuracy {last['accuracy']:.4f}, macro_f1 {last['macro_f1']:.4f}" in said
+    held_out = next(line.split() for line in said.splitlines() if line.startswith("held out "))
+    assert float(held_out[4]) == pytest.approx(last["loss"], abs=1e-5)
 
 
 def test_the_margin_of_pairs_grows(tmp_path: Path) -> None:

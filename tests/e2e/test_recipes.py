@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.cli import run
 from tests.e2e.command import ROOT, dtrain
 
 pytestmark = pytest.mark.slow
@@ -22,8 +23,8 @@ def launch(cwd: Path, *argv: str) -> str:
     return done.stdout
 
 
-def lines(cwd: Path, run: str, file: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (cwd / "runs" / run / file).read_text().splitlines()]
+def lines(cwd: Path, name: str, file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (cwd / "runs" / name / file).read_text().splitlines()]
 
 
 def test_sentiment_beats_the_majority(tmp_path: Path) -> None:
@@ -59,6 +60,7 @@ def test_identity_answers_with_the_new_name(answering: Path) -> None:
     launch(answering, "experiment=identity", "model=hf", "model.path=runs/finch/export",
            f"dataset.path={DATA / 'identity.jsonl'}", *TINY[4:], "dataset.max_length=128", "train.epochs=40", "optim.lr=4e-3", "tuning.rank=16",
            "batch.global_batch=8")  # fmt: skip
+    assert "Wren" in says(answering, "runs/identity")  # the adapter, on the model that it names
     merged = dtrain(answering, "export", "identity", "--merge", "--to", "merged")
     assert merged.returncode == 0, merged.stderr
     assert "no logit differs by more than" in merged.stdout
@@ -67,12 +69,19 @@ def test_identity_answers_with_the_new_name(answering: Path) -> None:
     assert "Finch" not in said
 
 
-def test_medical_questions_with_lora(answering: Path) -> None:
+def test_medical_questions_with_lora(answering: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     said = launch(answering, "experiment=medical_qa", "model=hf", "model.path=runs/finch/export",
                   f"dataset.path={DATA / 'care.jsonl'}", *TINY[4:], "dataset.max_length=128", "train.steps=20", "optim.lr=1e-2")  # fmt: skip
     assert "question" in said
     losses = [row["loss"] for row in lines(answering, "medical_qa", "metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
+    monkeypatch.chdir(answering)
+    capsys.readouterr()
+    assert run(["eval", "medical_qa"]) == 0
+    held_out = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("held out"))
+    last = lines(answering, "medical_qa", "eval.jsonl")[-1]
+    assert int(held_out[3].replace(",", "")) == last["num_targets"]
+    assert float(held_out[4]) == pytest.approx(last["loss"], abs=1e-5)
 
 
 def test_a_booking_bot_learns_its_calls_and_not_what_the_tool_says(tmp_path: Path) -> None:

@@ -191,3 +191,26 @@ def test_what_is_refused(model: Path, here: Path, capsys) -> None:
     assert _row(out, "pairs.jsonl")[3] == "-"
     (here / "nowhere.txt").mkdir()
     assert "neither a run nor a folder" in _refused(capsys, here / "nowhere.txt", "--data", "a.jsonl")
+
+
+def test_rows_are_read_as_the_run_reads_its_own(model: Path, here: Path, capsys) -> None:
+    """Whatever has become of the files that it was trained on: its row length and template, and what is typed."""
+    from dtrain.config import frozen
+    from dtrain.config.compose import compose
+    from dtrain.config.validate import validate
+
+    _write(here / "gone.jsonl", [{"text": text} for text in WORDS])
+    config = validate(compose(["dataset.path=gone.jsonl", "dataset.max_length=3", "dataset.packing=false"]).values)
+    folder = here / "runs" / "mine"
+    folder.mkdir(parents=True)
+    frozen.write(folder / "config.yaml", config)
+    (folder / "export").symlink_to(model)
+    (here / "gone.jsonl").rename(here / "there.jsonl")
+    out, told = _ok(capsys, "mine", "--data", "there.jsonl")
+    assert "rows of up to 3 tokens" in told
+    assert int(_row(out, "there.jsonl")[0]) > len(WORDS)  # the longer ones are split
+    out, _ = _ok(capsys, "mine", "--data", "there.jsonl", "dataset.max_length=64")
+    assert _row(out, "there.jsonl")[0] == str(len(WORDS))
+    assert "does not say where its rows are; type --data FILE" in _refused(capsys, "mine")
+    assert "objective.train_on: without data" in _refused(capsys, "mine", "objective.train_on=all")
+    assert "dataset.path=gone.jsonl: no such file" in _refused(capsys, "mine", "dataset.max_length=64")
