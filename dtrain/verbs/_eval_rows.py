@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 from dtrain.config.compose import compose, load_yaml
 from dtrain.config.spec import AbstractSpec, DatasetSpec, ModelSpec, ObjectiveSpec, TemplateSpec
@@ -45,6 +45,7 @@ class Source(NamedTuple):
         return ((i, self.store.row(i)) for i in range(self.num_rows))
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class _Ready(ModelSpec):
     """A model whose folder is there: its tokenizer is the one to use, whatever it was made of."""

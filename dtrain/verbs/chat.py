@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from dtrain.errors import ModelError, UserError
 from dtrain.verbs import _model, _sampling
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@final
 class _Chat:
     def __init__(self, loaded: Loaded, writer: Writer, args: argparse.Namespace) -> None:
         self._loaded, self._writer, self._debug = loaded, writer, args.debug

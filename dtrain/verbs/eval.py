@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, final
 
 from dtrain.errors import DataError, UserError
 from dtrain.verbs import _eval_text, _model, _sampling
@@ -96,6 +96,7 @@ class _Written(NamedTuple):
     expected: str
 
 
+@final
 class _Eval:
     def __init__(self, loaded: Loaded, args: argparse.Namespace, scores: list[_eval_text.Score],
                  out: IO[str] | None) -> None:  # fmt: skip
