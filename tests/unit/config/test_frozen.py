@@ -12,7 +12,7 @@ from dtrain.errors import ConfigError
 from dtrain.plan.propose import configure
 
 NEEDED = {
-    "experiment=booking_bot": ["dataset.path=a.jsonl"],
+    "experiment=booking_bot": ["dataset.path=somewhere.jsonl"],
     "dataset=files": ["dataset.path=somewhere.jsonl"],
     "dataset=hub": ["dataset.name=somebody/something"],
     "dataset=mixture": ["dataset.sources={a:{dataset:stdlib}}"],
