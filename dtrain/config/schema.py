@@ -100,8 +100,9 @@ class Train:
 
 @spec
 class Batch:
-    global_batch: Positive | None = None
-    """Samples that one optimizer step sees over all ranks, whatever their number."""
+    global_batch: Positive | Literal["auto"] | None = None
+    """Samples that one optimizer step sees over all ranks, whatever their number; `auto` is 16, or all rows where there
+    are fewer."""
     global_tokens: Positive | None = None
     """The same in tokens, for packed rows: a multiple of dataset.max_length."""
     micro_batch: Positive | Literal["auto"] = "auto"

@@ -41,7 +41,7 @@ def around(  # noqa: PLR0913 - it is all that there is
     say: Callable[[str], None],
     at: Callable[[Sequence[int]], None],
 ) -> Around:
-    assert config.batch.global_batch is not None
+    assert isinstance(config.batch.global_batch, int)
     assert config.batch.micro_batch != "auto"
     base = bundle.adapter.switched_off if bundle.adapter is not None and bundle.adapter.pure else None
     return Around(

@@ -86,7 +86,8 @@ class Built:
         num = sum(math.prod(shape) for shape in self.shapes.values())
         trained = sum(math.prod(one.shape) for one in self.parameters.values())
         of = "" if trained == num else f", of which {trained:,} are trained ({100 * trained / num:.3g} %)"
-        batch = BatchPlan(self.config.batch.global_batch or 0, int(self.config.batch.micro_batch), self.comm.size)
+        assert isinstance(self.config.batch.global_batch, int)
+        batch = BatchPlan(self.config.batch.global_batch, int(self.config.batch.micro_batch), self.comm.size)
         return [
             f"{num / 1e6:,.1f} M parameters{of} on {self.comm.size} {self.config.device} ranks, "
             f"{self.config.train.precision}",
@@ -149,7 +150,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     """
     assert config.train.precision != "auto", config.train.precision
     assert config.train.steps is not None
-    assert config.batch.global_batch is not None
+    assert isinstance(config.batch.global_batch, int)
     assert config.batch.micro_batch != "auto"
     assert config.optim.lr != "auto"
     torch.manual_seed(config.run.seed)

@@ -19,6 +19,7 @@ from dtrain.plan.world import Device, Topology
 UNKNOWN_GPU_BYTES = 80 * 2**30
 _WITHOUT_BF16 = ("V100", "T4", "P100", "RTX 20", "Quadro RTX")
 """GPUs made before bf16."""
+AUTO_BATCH = 16
 MICRO_BATCH_CAP = {"cpu": 8, "cuda": 64}
 """Beyond this a larger forward is no faster; `auto` goes no higher."""
 
@@ -232,8 +233,9 @@ def _lr(config: Config, notes: list[str]) -> float:
 def _global_batch(config: Config) -> int:
     if config.batch.global_tokens is not None:
         return config.batch.global_tokens // config.dataset.max_length
-    assert config.batch.global_batch is not None
-    return config.batch.global_batch
+    asked = config.batch.global_batch
+    assert asked is not None
+    return AUTO_BATCH if asked == "auto" else asked
 
 
 def _capacity(config: Config, device: Device, machine: Machine, topology: Topology) -> tuple[int, bool]:

@@ -17,6 +17,8 @@ def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], o
     has counted them. Raises DataError.
     """
     global_batch = plan.batch.global_batch
+    if config.batch.global_batch == "auto" and num_rows is not None:
+        global_batch = max(1, min(global_batch, num_rows))
     if num_rows is not None and num_rows < global_batch:
         raise DataError(f"batch.global_batch={global_batch}: the dataset has only {num_rows} training rows, less than "
                         f"one step takes; use at most {num_rows}, shorter rows or more data")  # fmt: skip

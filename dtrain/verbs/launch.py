@@ -137,11 +137,16 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
                        eval_fraction=config.eval.fraction, cache=cache.absolute(), say=say)  # fmt: skip
     for line in prepared.lines():
         say(line)
-    if padding := prepared.padding(proposal.plan.batch, config.run.seed):
+    settled = settle(config, proposal.plan, proposal.strategies, prepared.objective, prepared.num_epoch_rows)
+    batch = proposal.plan.batch
+    if settled.batch.global_batch != batch.global_batch:
+        batch = dataclasses.replace(batch, global_batch=int(settled.batch.global_batch or 0))
+        say(f"batch.global_batch=auto takes {batch.global_batch}: the data has no more rows; shorter rows, by "
+            f"dataset.max_length, make more of them")  # fmt: skip
+    if padding := prepared.padding(batch, config.run.seed):
         say(padding)
     say(f"objective: {type(prepared.objective).__name__.lower()}")
-    return prepared, settle(config, proposal.plan, proposal.strategies, prepared.objective,
-                            prepared.num_epoch_rows)  # fmt: skip
+    return prepared, settled
 
 
 def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,

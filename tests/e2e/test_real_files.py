@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.cli import run
 
-SMALL = ["dataset.max_length=128", "batch.global_batch=4", "model.hidden=64", "model.layers=2", "model.intermediate=128",
+SMALL = ["dataset.max_length=128", "model.hidden=64", "model.layers=2", "model.intermediate=128",
          "launcher.procs=1", "strategy=ddp", "eval.max_rows=2", "train.steps=5"]  # fmt: skip
 LINES = {
     "alpaca_en_demo.json": "alpaca rows (instruction, input, output) as conversations",

@@ -56,10 +56,17 @@ def test_the_typed_strategy_keeps_its_values() -> None:
 
 
 def test_too_few_rows() -> None:
-    proposal = propose([], None)
+    proposal = propose(["batch.global_batch=16"], None)
     settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 16)
     with pytest.raises(DataError, match=r"batch.global_batch=16: the dataset has only 15 training rows"):
         settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 15)
+
+
+def test_as_many_rows_as_there_are() -> None:
+    proposal = propose([], None)
+    for num_rows, taken in ((100, 16), (15, 15), (1, 1)):
+        settled = settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), num_rows)
+        assert settled.batch.global_batch == taken
 
 
 @pytest.mark.parametrize(("typed", "micro", "accumulate"), [
