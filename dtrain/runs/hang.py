@@ -87,12 +87,17 @@ def read_hang(run: RunDir, attempt: int) -> list[Stuck]:
 def differing(ranks: Sequence[Stuck]) -> list[Stuck]:
     """Those that the others wait for, as far as one can tell; none where all are alike.
 
-    By what says most: a process that is halted; a stack that is in no collective while others are; fewer steps; a place
+    By what says most: a process that is halted; one that stood still while others got on, as those do that have noticed
+    that ranks of another machine were ended; a stack that is in no collective while others are; fewer steps; a place
     where few are.
     """
     halted = [one for one in ranks if one.stopped]
     if halted:
         return halted
+    longest = max((one.stale_s for one in ranks), default=0.0)
+    still = [one for one in ranks if one.stale_s >= longest / 2]
+    if len(still) < len(ranks):
+        return differing(still) or still
     busy = [one for one in ranks if not one.waits]
     if busy and len(busy) < len(ranks):
         return busy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import threading
 from pathlib import Path
@@ -56,3 +57,9 @@ def test_one_in_another_phase_or_another_collective() -> None:
 def test_none_where_all_are_alike_or_nobody_can_tell() -> None:
     assert differing([stuck(0, REDUCE), stuck(1, REDUCE)]) == []
     assert differing([stuck(0, REDUCE), stuck(1, REDUCE, phase="eval")]) == []
+
+
+def test_one_that_got_on_when_it_noticed_that_others_were_ended_is_not_waited_for() -> None:
+    noticed = dataclasses.replace(stuck(0, "plot.py:23 draw", phase="end"), stale_s=0.0)
+    assert ranks(differing([noticed, stuck(1, "failpoints.py:43 reach")])) == [1]
+    assert ranks(differing([noticed, stuck(1, REDUCE), stuck(2, "a.py:1 spin")])) == [2]
