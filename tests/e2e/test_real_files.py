@@ -14,8 +14,8 @@ SMALL = ["dataset.max_length=128", "model.hidden=64", "model.layers=2", "model.i
 LINES = {
     "alpaca_en_demo.json": "alpaca rows (instruction, input, output) as conversations",
     "identity.json": "alpaca rows (instruction, input, output) as conversations",
-    "dpo_en_demo.json": "the chosen replies are learned",
-    "kto_en_demo.json": "150 left out: judged as not good",
+    "dpo_en_demo.json": "preference rows (messages=conversations, chosen, rejected)",
+    "kto_en_demo.json": "kto rows (messages, label) as replies with a verdict",
     "c4_demo.jsonl": "text rows (text) as texts",
     "wiki_demo.txt": "plain text, a document for each line",
     "glaive_toolcall_en_demo.json": "roles: human as user, gpt as assistant, observation as tool",
