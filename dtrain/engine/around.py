@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dtrain.checkpoint.safetensors import DTYPES
 from dtrain.config import frozen
 from dtrain.models.base import Setting
 from dtrain.objectives.base import Around
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dtrain.models.base import ModelBundle
     from dtrain.strategies.base import AbstractStrategy
 
-_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAMPLE_BYTES, _SAMPLES = 1 << 16, 16
 
 
@@ -75,7 +75,7 @@ def start_digest(config: Config, assets: Path) -> str:
 
 def _copy(config: Config, assets: Path, comm: AbstractComm) -> nn.Module:
     """The model before training. Collective."""
-    dtype = _COMPUTE[config.train.precision]
+    dtype = DTYPES[config.train.precision][0]
     made = config.model.build(assets, seed=config.run.seed)
     made.choose_attention(Setting(comm.device, dtype, config.dataset.packing), comm)
     materialise(made.module, comm.device, dtype)

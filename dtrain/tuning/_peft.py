@@ -13,7 +13,7 @@ import dataclasses
 import fnmatch
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -66,21 +66,26 @@ def add(bundle: ModelBundle, what: Addition, *, seed: int) -> ModelBundle:
     config = what.make(found)
     # The rules for the start need values, which there are none of on meta.
     inject_adapter_in_model(_without_start(config), module)
-    added = [name for name, _ in module.named_parameters() if _layer_of(name, found) and f".{_BASE}." not in name]
+    targets = frozenset(found)
+    trained: dict[str, tuple[int, ...]] = {}
     for name, param in module.named_parameters():
-        param.requires_grad_(name in added or any(name.startswith(f"{one}.") for one in whole))
-    weights = _Weights(bundle.weights, _Maker(module, what.make, found, seed), what,
-                       _Start(Path(what.init_from), config) if what.init_from else None)  # fmt: skip
-    if weights.start is not None:
-        weights.start.check({_peft_name(name): tuple(param.shape) for name, param in module.named_parameters()
-                             if param.requires_grad})  # fmt: skip
+        is_added = _layer_of(name, targets) is not None and f".{_BASE}." not in name
+        if is_added or any(name.startswith(f"{one}.") for one in whole):
+            trained[name] = tuple(param.shape)
+        param.requires_grad_(name in trained)
+    start = _Start(Path(what.init_from), config, trained) if what.init_from else None
+    if start is not None:
+        ids = {id(module.get_parameter(name)): shape for name, shape in trained.items()}
+        start.check({_peft_name(name): ids[id(param)] for name, param in module.named_parameters(remove_duplicate=False)
+                     if id(param) in ids})  # fmt: skip
+    weights = _Weights(bundle.weights, _Maker(module, what.make, targets, seed), what, start)
     said = _plain(what.make, found, names, whole)
     if bundle.outputs is not None:
         said["task_type"] = "SEQ_CLS"
     if bundle.head is bundle.embedding and bundle.head is not None and bundle.head.requires_grad:
         said["ensure_weight_tying"] = True  # else peft would put back the old head beside the new embedding
     adapter = _Adapter(module, weights, said, pure=not whole, changes_base=what.changes_base)
-    trained, of_model = {name for name, p in module.named_parameters() if p.requires_grad}, bundle.export_name
+    of_model = bundle.export_name
 
     def export_name(name: str) -> str:
         return _peft_name(name) if name in trained else of_model(plain(name))
@@ -161,11 +166,10 @@ def _modules(module: nn.Module, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _layer_of(name: str, targets: Sequence[str]) -> str | None:
+def _layer_of(name: str, targets: frozenset[str]) -> str | None:
     """The layer that this parameter belongs to, of those that something was added to."""
     parts = name.split(".")
-    known = set(targets)
-    return next((layer for i in range(len(parts) - 1, 0, -1) if (layer := ".".join(parts[:i])) in known), None)
+    return next((layer for i in range(len(parts) - 1, 0, -1) if (layer := ".".join(parts[:i])) in targets), None)
 
 
 def _without_start(config: PeftConfig) -> PeftConfig:
@@ -193,7 +197,7 @@ def _plain(make: Callable[[list[str]], PeftConfig], found: Sequence[str], names:
 class _Maker:
     """One layer with what peft adds to it, on the CPU in fp32."""
 
-    def __init__(self, module: nn.Module, make: Callable[[list[str]], PeftConfig], targets: Sequence[str],
+    def __init__(self, module: nn.Module, make: Callable[[list[str]], PeftConfig], targets: frozenset[str],
                  seed: int) -> None:  # fmt: skip
         self.targets = targets
         # Copies, on meta as the module still is: strategies put other parameters in its place.
@@ -226,7 +230,8 @@ class _Maker:
 class _Start:
     """An adapter's folder to start from."""
 
-    def __init__(self, folder: Path, config: PeftConfig) -> None:
+    def __init__(self, folder: Path, config: PeftConfig, names: Collection[str]) -> None:
+        """`names`: of the parameters that it is to have values of."""
         from safetensors import safe_open
 
         try:
@@ -234,7 +239,7 @@ class _Start:
             self._file = safe_open(folder / WEIGHTS, framework="pt").__enter__()
         except (OSError, ValueError) as error:
             raise ModelError(f"tuning.init_from={folder}: no adapter that peft has written ({error})") from None
-        self.folder = folder
+        self.folder, self.names = folder, names
         keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
         mine = json.loads(json.dumps(config.to_dict(), default=sorted))  # as a file says it
         self._wrong = [f"{key}: {said.get(key)} there, {mine.get(key)} here" for key in keys
@@ -267,13 +272,11 @@ class _Weights(AbstractWeights):
         self._kept: collections.OrderedDict[str, dict[str, torch.Tensor]] = collections.OrderedDict()
 
     def read(self, name: str, start: int, numel: int) -> torch.Tensor:
-        layer = _layer_of(name, self.maker.targets)
-        of_model = layer is None or f".{_BASE}." in name
-        if of_model and not (layer and self._changes_base):
-            return self.base.read(plain(name), start, numel)
-        assert layer is not None
-        if self.start is not None and not of_model:
+        if self.start is not None and name in self.start.names:
             return self.start.read(name).reshape(-1)[start : start + numel]
+        layer = _layer_of(name, self.maker.targets)
+        if layer is None or (f".{_BASE}." in name and not self._changes_base):
+            return self.base.read(plain(name), start, numel)
         return self._values(layer)[name[len(layer) + 1 :]].reshape(-1)[start : start + numel]
 
     def _values(self, layer: str) -> dict[str, torch.Tensor]:

@@ -60,7 +60,7 @@ class LoRA(TuningSpec):
             found.append("tuning.targets=[]: nothing would be added; give names of linear layers, or all-linear")
         if self.dora and self.init not in ("kaiming", "gaussian"):
             found.append(f"tuning.init={self.init}: not together with tuning.dora=true; leave one of them out")
-        if self.init_from and self.init in ("pissa", "pissa_niter_16", "olora"):
+        if self.init_from and self._takes_from_base:
             found.append(f"tuning.init_from={self.init_from}: the adapter says what is started from, tuning.init="
                          f"{self.init} does so too; leave one of them out")  # fmt: skip
         return found
@@ -72,11 +72,11 @@ class LoRA(TuningSpec):
         return []
 
     def apply(self, bundle: ModelBundle, *, seed: int) -> ModelBundle:
-        from dtrain.tuning._peft import FROM_VALUES, Addition, add
+        from dtrain.tuning._peft import Addition, add
 
-        of_values = self.init.startswith(FROM_VALUES)
+        takes = self._takes_from_base
         what = Addition(make=self._config, targets=self.targets, also=self.modules_to_save, init_from=self.init_from,
-                        of_base=of_values or self.dora, changes_base=of_values)  # fmt: skip
+                        of_base=takes or self.dora, changes_base=takes)  # fmt: skip
         return add(bundle, what, seed=seed)
 
     def _config(self, targets: list[str]) -> Any:
@@ -101,4 +101,9 @@ class LoRA(TuningSpec):
 
     def moves_first(self, name: str) -> bool:
         """The second factor starts from zeros, so that the first gets no gradient before it has moved."""
-        return ".lora_A." not in name or self.init in ("pissa", "pissa_niter_16", "olora")
+        return ".lora_A." not in name or self._takes_from_base
+
+    @property
+    def _takes_from_base(self) -> bool:
+        """Whether what is added starts as a part of the layer's own weights."""
+        return self.init.startswith(("pissa", "olora"))

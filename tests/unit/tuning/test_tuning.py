@@ -174,3 +174,21 @@ def test_an_adapter_that_peft_has_made_is_started_from(model: Path, tmp_path: Pa
         assert torch.equal(bundle.weights.read(name, 0, param.numel()), param.detach().flatten()), name
     with pytest.raises(ModelError, match="lora_alpha: 6 there, 7.0 here"):
         tuned(model, *typed[:2], "tuning.alpha=7", typed[3], f"tuning.init_from={tmp_path / 'adapter'}")
+
+
+def test_modules_that_are_trained_whole_are_started_from_too(model: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    made = get_peft_model(base, config)
+    learned = next(p for name, p in made.named_parameters() if "embed_tokens.modules_to_save" in name)
+    with torch.no_grad():
+        learned += 1
+    made.save_pretrained(tmp_path / "adapter")
+    typed = ["tuning=lora", "tuning.rank=3", "tuning.alpha=8", "tuning.targets=[q_proj]"]
+    _, bundle = tuned(
+        model, *typed, "tuning.modules_to_save=[embed_tokens]", f"tuning.init_from={tmp_path / 'adapter'}"
+    )
+    assert torch.equal(bundle.weights.read("model.embed_tokens.weight", 0, learned.numel()), learned.detach().flatten())
