@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -50,13 +50,9 @@ def build(
     that the rows depend on; `tell` hears how far it is. Raises DataError.
     """
     shape, examples = peek(dataset.examples())
-    resolved = objective.resolve(shape)
-    settled = dict(resolved.settle(example for example in dataset.examples() if not isinstance(example, Skipped)))
-    if settled:
-        resolved = dataclasses.replace(cast("Any", resolved), **settled)
-    tokenizer = TextTokenizer.load(assets)
-    limit = Limit(dataset.max_length, on_long(dataset, shape), resolved.keeps_targets)
-    encoder = Encoder(resolved, partial(TextTokenizer.load, assets), limit, parts["run.seed"])
+    resolved, settled = settled_by(objective.resolve(shape), dataset.examples())
+    encoder = encoder_of(dataset, resolved, shape, assets, parts["run.seed"])
+    tokenizer = encoder.load()
     with Documents(folder / "documents") as documents:
         counts = encode_all(
             examples, encoder, tokenizer, documents, bad=BadRows.of(dataset), tell=tell, size=dataset.size()
@@ -170,7 +166,23 @@ def nothing_left(counts: Counts) -> DataError:
     return DataError(f"dataset: nothing left to train on: {stages}; add rows, or raise dataset.max_length")
 
 
-def on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
+def settled_by(objective: ObjectiveSpec, examples: Iterable[Example]) -> tuple[ObjectiveSpec, dict[str, Any]]:
+    """The objective with what it settles by these examples, and those values alone."""
+    settled = dict(objective.settle(example for example in examples if not isinstance(example, Skipped)))
+    return dataclasses.replace(cast("Any", objective), **settled) if settled else objective, settled
+
+
+def encoder_of(
+    dataset: DatasetSpec, objective: ObjectiveSpec, shape: type[Example], assets: Path, seed: int
+) -> Encoder:
+    dataset: DatasetSpec, objective: ObjectiveSpec, shape: type[Example], assets: Path, seed: int
+) -> Encoder:
+    """What encodes rows of this shape."""
+    limit = Limit(dataset.max_length, _on_long(dataset, shape), objective.keeps_targets)
+    return Encoder(objective, partial(TextTokenizer.load, assets), limit, seed)
+
+
+def _on_long(dataset: DatasetSpec, shape: type[Example]) -> OnLong:
     if dataset.on_long == "auto":
         return "split" if issubclass(shape, Text) else "truncate"
     return dataset.on_long

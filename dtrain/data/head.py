@@ -8,17 +8,16 @@ import dataclasses
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from dtrain.config.spec import DatasetSpec, ObjectiveSpec, Parts
-from dtrain.data.build import held_below, nothing_left, on_long, peek, write_meta
+from dtrain.data.build import encoder_of, held_below, nothing_left, peek, settled_by, write_meta
 from dtrain.data.counts import Counts
-from dtrain.data.encode import Encoder, Limit, share
+from dtrain.data.encode import Encoder, share
 from dtrain.data.prepared import FILES, Facts, Prepared, Source
 from dtrain.data.rows import Row
 from dtrain.data.store import write_rows
@@ -51,13 +50,10 @@ def look(
 ) -> None:
     """As `build`, of the beginning of a stream: rows to evaluate on, and `Facts`. Raises DataError."""
     shape, examples = peek(_in_order(dataset))
-    resolved, seed = objective.resolve(shape), parts["run.seed"]
-    settled = dict(resolved.settle(example for example in beginning(dataset) if not isinstance(example, Skipped)))
-    if settled:
-        resolved = dataclasses.replace(cast("Any", resolved), **settled)
-    tokenizer = TextTokenizer.load(assets)
-    limit = Limit(dataset.max_length, on_long(dataset, shape), resolved.keeps_targets)
-    encoder = Encoder(resolved, partial(TextTokenizer.load, assets), limit, seed)
+    seed = parts["run.seed"]
+    resolved, settled = settled_by(objective.resolve(shape), beginning(dataset))
+    encoder = encoder_of(dataset, resolved, shape, assets, seed)
+    tokenizer = encoder.load()
     head = _read(examples, seed, parts["eval.fraction"], tell)
     shards = dataset.stream_shards
     if head.whole:

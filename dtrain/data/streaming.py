@@ -8,7 +8,6 @@ import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, final
 
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.config.spec import DatasetSpec
-from dtrain.data.build import on_long
+from dtrain.data.build import encoder_of
 from dtrain.data.counts import Counts
-from dtrain.data.encode import Encoder, Limit
+from dtrain.data.encode import Encoder
 from dtrain.data.order import Mixed
 from dtrain.data.prepared import Facts, Prepared
 from dtrain.data.rows import Row
@@ -328,8 +327,7 @@ def open_streams(prepared: Prepared, dataset: DatasetSpec, seed: int) -> Streams
             raise DataError(f"dataset{f'.sources.{name}' * bool(rates)}: is not on {platform.node()} what it was when "
                             f"the run was prepared: all nodes must see the same files, and they may not change while "
                             f"they are read")  # fmt: skip
-        limit = Limit(one.max_length, on_long(one, SHAPES[facts.shape]), prepared.objective.keeps_targets)
-        encoder = Encoder(prepared.objective, partial(TextTokenizer.load, prepared.assets), limit, seed)
+        encoder = encoder_of(one, prepared.objective, SHAPES[facts.shape], prepared.assets, seed)
         sources[name] = Streamed(one, facts, encoder, rates.get(name, 1.0))
     return Streams(sources, tokenizer, prepared.digest, seed=seed)
 
