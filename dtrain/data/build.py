@@ -175,8 +175,6 @@ def settled_by(objective: ObjectiveSpec, examples: Iterable[Example]) -> tuple[O
 def encoder_of(
     dataset: DatasetSpec, objective: ObjectiveSpec, shape: type[Example], assets: Path, seed: int
 ) -> Encoder:
-    dataset: DatasetSpec, objective: ObjectiveSpec, shape: type[Example], assets: Path, seed: int
-) -> Encoder:
     """What encodes rows of this shape."""
     limit = Limit(dataset.max_length, _on_long(dataset, shape), objective.keeps_targets)
     return Encoder(objective, partial(TextTokenizer.load, assets), limit, seed)
