@@ -1,0 +1,38 @@
+# dtrain on NVIDIA GPUs. Built in the repository's root: docker build -f docker/cuda.Dockerfile -t dtrain:cuda .
+# The compiler of CUDA is in it: DeepSpeed makes its ops when they are first used, and its CUDA must be torch's.
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04@sha256:5dc1bca23d05bd37b011be68ec470c03b403a5da07ec3a86e41af9470e9d0cc6
+
+# libaio is for state on NVMe.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ libaio-dev python3 python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --uid 10001 --create-home dtrain && install -d -o 10001 -g 10001 /opt/dtrain /work
+USER 10001:10001
+ENV PATH=/opt/dtrain/bin:$PATH \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/work/.cache/huggingface
+RUN python3 -m venv /opt/dtrain && mkdir /opt/dtrain/src
+
+# What dtrain needs comes before dtrain itself, so that a change of its source leaves these layers as they are.
+ARG TORCH_VERSION=2.12.0
+RUN pip install "torch==${TORCH_VERSION}"
+COPY --chown=10001:10001 docker/requirements.py pyproject.toml /opt/dtrain/src/
+RUN python3 /opt/dtrain/src/requirements.py /opt/dtrain/src/pyproject.toml eval qlora >/opt/dtrain/src/requirements.txt \
+    && pip install --requirement /opt/dtrain/src/requirements.txt "torch==${TORCH_VERSION}"
+
+COPY --chown=10001:10001 README.md /opt/dtrain/src/
+COPY --chown=10001:10001 conf /opt/dtrain/src/conf
+COPY --chown=10001:10001 launch /opt/dtrain/src/launch
+COPY --chown=10001:10001 dtrain /opt/dtrain/src/dtrain
+RUN pip install --no-deps /opt/dtrain/src
+
+WORKDIR /work
+# Versions and limits alone: a look at the devices would take memory from a run, one at the disk its bandwidth.
+HEALTHCHECK --interval=5m --timeout=60s --start-period=60s --retries=3 \
+    CMD ["dtrain", "doctor", "--only", "versions,limits"]
+ENTRYPOINT ["dtrain"]
+CMD ["--help"]
