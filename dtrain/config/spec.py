@@ -71,6 +71,10 @@ class Gathering:
     """What the others reach the one that leads by; found out where it is not given."""
     port: int | None = None
     timeout_s: float = 600.0
+    least: int | None = None
+    """So many machines are enough, and others may leave and join while it runs; None: all must be there."""
+    last_call_s: float = 0.0
+    """Once enough are there, how long no other must have come before they start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Restarts:
     """How often in a row it is started again; never for what the user typed, nor without progress."""
     wait_s: float = 10.0
     """Before the first of them; doubled each time."""
+    counts_lost: bool = True
+    """Whether an attempt counts that ended because a machine was lost."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,23 +16,25 @@ LOOK_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME_LIMIT = 1000
 STOP_FILE = 1001
+JOINED = 1002
 """Beyond the numbers of signals."""
 SPARE_S = 20.0
 """For what comes after the last save: trackers that finish, pictures, processes that end."""
-_WORDS = {TIME_LIMIT: outcomes.TIME_LIMIT, STOP_FILE: outcomes.STOP_FILE}
+_WORDS = {TIME_LIMIT: outcomes.TIME_LIMIT, STOP_FILE: outcomes.STOP_FILE, JOINED: outcomes.JOINED}
 
 
 @final
 class Control:
     """Of one rank. Any rank may be signalled; the file and the clock are rank 0's to look at."""
 
-    def __init__(self, *, trigger: Path | None = None, stop_trigger: Path | None = None,
+    def __init__(self, *, trigger: Path | None = None, stop_trigger: Path | None = None, joined: Path | None = None,
                  every_minutes: float | None = None, time_left_s: float | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        """`trigger`, `stop_trigger`: files that ask for a save or a stop, and are removed. Give them, and the times, on
-        rank 0 alone.
+        """`trigger`, `stop_trigger`, `joined`: files that ask for a save, or a stop and say why, and are removed. Give
+        them, and the times, on rank 0 alone.
         """
-        self._clock, self._trigger, self._stop_trigger = clock, trigger, stop_trigger
+        self._clock, self._trigger = clock, trigger
+        self._stop_triggers = {STOP_FILE: stop_trigger, JOINED: joined}
         self._every_s = None if every_minutes is None else 60 * every_minutes
         self._deadline = None if time_left_s is None else clock() + time_left_s
         self._signal = 0
@@ -42,15 +44,16 @@ class Control:
         self._signal = self._signal or signum
 
     def stop(self, *, step_s: float, save_s: float) -> int:
-        """Why to stop now: a signal's number, TIME_LIMIT, STOP_FILE, or 0. `step_s`, `save_s`: what each takes."""
+        """Why to stop now: a signal's number, TIME_LIMIT, STOP_FILE, JOINED, or 0. `step_s`, `save_s`: of each one."""
         if self._signal:
             return int(self._signal)
         now = self._clock()
         if now - self._looked_for_stop_at >= LOOK_S:
             self._looked_for_stop_at = now
-            if _take(self._stop_trigger):
-                self._signal = STOP_FILE
-                return STOP_FILE
+            for code, trigger in self._stop_triggers.items():
+                if _take(trigger):
+                    self._signal = code
+                    return code
         if self._deadline is not None and self._deadline - now < 2 * (step_s + save_s) + SPARE_S:
             return TIME_LIMIT
         return 0

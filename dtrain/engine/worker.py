@@ -241,7 +241,7 @@ def _control(run: RunDir, config: Config, comm: AbstractComm, told: list[int]) -
     if comm.rank == 0:
         deadline = os.environ.get("DTRAIN_DEADLINE")
         left = None if deadline is None else float(deadline) - time.time()
-        control = Control(trigger=run.save_trigger, stop_trigger=run.stop_trigger,
+        control = Control(trigger=run.save_trigger, stop_trigger=run.stop_trigger, joined=run.joined,
                           every_minutes=config.checkpoint.every_minutes, time_left_s=left)  # fmt: skip
     else:
         control = Control()

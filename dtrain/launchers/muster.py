@@ -35,10 +35,14 @@ SILENT_S = 45.0
 """After which one that does not is gone: a network file system may show a touch late."""
 LATE_S = 20.0
 """What the others get to report, once the leader's own ranks have ended."""
+GONE_S = 8.0
+"""After a failure, one that has not been heard of for this long is not waited for, where its touches were seen in time
+so far."""
 STOP = "stop.json"
 """The leader's word that another machine's ranks have failed."""
 OPEN = "open"
-"""There while the leader waits for others."""
+"""There while the leader waits for others, or would take them in."""
+_ANOTHER = "another configuration than on the machine that leads; type the same command on each machine"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Go:
     id: str
     deadline: float | None
     """By the clock: when the job's time is over."""
+    nodes: int
+    """Machines that take part."""
 
 
 class _Touched:
@@ -59,13 +65,19 @@ class _Touched:
 
     def __init__(self, path: Path) -> None:
         self._path, self._last, self._since = path, self._stamp(path), time.monotonic()
+        self._longest_s = 0.0
         self.moved = False
 
     def silent_s(self) -> float:
-        stamp = self._stamp(self._path)
+        stamp, now = self._stamp(self._path), time.monotonic()
         if stamp not in (None, self._last):
-            self._last, self._since, self.moved = stamp, time.monotonic(), True
-        return time.monotonic() - self._since
+            self._longest_s = max(self._longest_s, now - self._since) if self.moved else 0.0
+            self._last, self._since, self.moved = stamp, now, True
+        return now - self._since
+
+    def is_gone(self) -> bool:
+        """Whether it is silent for much longer than it ever was."""
+        return self.silent_s() > min(SILENT_S, max(GONE_S, 4 * self._longest_s))
 
     @staticmethod
     def _stamp(path: Path) -> float | None:
@@ -130,14 +142,16 @@ class Leader:
         """Tell the others, who have come, where to meet."""
         host = self._gathering.host or self._address()
         port, name = self._gathering.port or free_port(), secrets.token_hex(8)
+        nodes = len(self._members) + 1
         for member in self._members:
-            go = Go(attempt, member.node, host, port, name, deadline)
+            go = Go(attempt, member.node, host, port, name, deadline, nodes)
             write_json(member.folder / "go.json", dataclasses.asdict(go))
-        (self._run.nodes / OPEN).unlink(missing_ok=True)
-        chosen = {member.folder for member in self._members}
-        too_many = Over(2, f"launcher.nodes={self._num_others + 1}: that many machines have come already")
-        for folder in set(_folders(self._run)) - chosen:
-            _tell(folder / "over.json", dataclasses.asdict(too_many))
+        self._run.joined.unlink(missing_ok=True)
+        if nodes > self._num_others:
+            (self._run.nodes / OPEN).unlink(missing_ok=True)
+            too_many = Over(2, f"launcher.nodes={nodes}: that many machines have come already")
+            for folder in self._others():
+                _tell(folder / "over.json", dataclasses.asdict(too_many))
         local = self._address()
         return Meeting(host, port, name, is_host=True, local=local, interface=interface_of(local))
 
@@ -157,6 +171,22 @@ class Leader:
                 return f"node {member.node} on {member.host} has not been heard of for {SILENT_S:.0f} s"
         return None
 
+    def come(self) -> str | None:
+        """The host of a machine that waits to take part in a run that has begun; one with another configuration is sent
+        away.
+        """
+        if len(self._members) >= self._num_others:
+            return None
+        host = None
+        for folder in self._others():
+            if (said := self._waits(folder)) is None:
+                continue
+            if said.get("digest") == self._digest:
+                host = str(said.get("host"))
+            else:
+                _tell(folder / "over.json", dataclasses.asdict(Over(2, f"{self._run.path}: {_ANOTHER}")))
+        return host
+
     def reports(self, *, failed: bool) -> list[NodeEnd]:
         """How the others ended, once all have, or had their time; `failed`: they are not to go on."""
         if failed:
@@ -165,11 +195,17 @@ class Leader:
         deadline = time.monotonic() + LATE_S
         while time.monotonic() < deadline:
             self.beat()
-            waiting = [one for one in self._members if self._report(one) is None and one.touched.silent_s() < SILENT_S]
+            waiting = [one for one in self._members if self._report(one) is None and not one.touched.is_gone()]
             if not waiting:
                 break
             time.sleep(LOOK_S)
         return [end for end in map(self._report, self._members) if end is not None]
+
+    def lost(self) -> str | None:
+        """The machines that have ended without a word; None where none has."""
+        names = [f"node {one.node} on {one.host}" for one in self._members
+                 if self._report(one) is None and one.touched.is_gone()]  # fmt: skip
+        return f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} gone" if names else None
 
     def dismiss(self, exit_code: int, message: str = "") -> None:
         """Tell the others, also those that wait in vain, that it is over."""
@@ -192,19 +228,27 @@ class Leader:
             if folder.name in self._before and not touched.moved:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def wait(self) -> None:
-        """Until the others have come. Raises RunError where they do not."""
-        deadline, told = time.monotonic() + self._gathering.timeout_s, -1
+    def wait(self) -> int:
+        """Until the others have come, or enough of them and no further one for a while; returns how many machines there
+        are, this one too. Raises RunError where they do not come.
+        """
+        most, least = self._num_others + 1, self._gathering.least or self._num_others + 1
+        changed = time.monotonic()
+        deadline, told = changed + self._gathering.timeout_s, -1
         while True:
             here = self._here()
             if len(here) >= self._num_others:
                 break
             if len(here) != told:
-                told = len(here)
-                self._say(f"waiting for {self._num_others - told} of {self._num_others + 1} machines"
+                told, changed = len(here), time.monotonic()
+                enough = f", and {self._gathering.last_call_s:g} s for a further one" if told + 1 >= least else ""
+                self._say(f"waiting for {max(least, told + 1) - told - 1} of {least} machines{enough}"
                           + "".join(f"; {one.host} is here" for one in here))  # fmt: skip
-            if time.monotonic() > deadline:
-                raise RunError(f"launcher.nodes={self._num_others + 1}: only {len(here) + 1} came within "
+            if told + 1 >= least and time.monotonic() - changed >= self._gathering.last_call_s:
+                break
+            if told + 1 < least and time.monotonic() > deadline:
+                few = "" if least == most else "at least "
+                raise RunError(f"launcher.nodes={few}{least}: only {len(here) + 1} came within "
                                f"{self._gathering.timeout_s:.0f} s: {socket.gethostname()}"
                                + "".join(f", {one.host}" for one in here)
                                + "; the same command is to be started on each, and run.dir to be seen by all"
@@ -214,22 +258,33 @@ class Leader:
         self._members = here[: self._num_others]
         for node, member in enumerate(self._members, 1):
             member.node = node
+        return len(self._members) + 1
 
     def _here(self) -> list[_Member]:
         """Those that wait now. Raises RunError where one has been told something else."""
         found = []
         for folder in _folders(self._run):
-            said = read_json(folder / "here.json")
-            if said is None or (folder / "over.json").exists():
-                continue
-            touched = self._seen.setdefault(folder.name, _Touched(folder / "here.json"))
-            if touched.silent_s() > SILENT_S or (folder.name in self._before and not touched.moved):
+            if (said := self._waits(folder)) is None:
                 continue
             if said.get("digest") != self._digest:
-                raise RunError(f"{said.get('host')}: another configuration than on {socket.gethostname()}; type the "
-                               f"same command on each machine")  # fmt: skip
-            found.append(_Member(folder, str(said.get("host")), touched))
+                raise RunError(f"{said.get('host')}: {_ANOTHER}")
+            found.append(_Member(folder, str(said.get("host")), self._seen[folder.name]))
         return found
+
+    def _waits(self, folder: Path) -> dict[str, Any] | None:
+        """What the machine said that waits there now; None where it does not, or may have been killed."""
+        said = read_json(folder / "here.json")
+        if said is None or (folder / "over.json").exists():
+            return None
+        touched = self._seen.setdefault(folder.name, _Touched(folder / "here.json"))
+        if touched.silent_s() > SILENT_S or (folder.name in self._before and not touched.moved):
+            return None
+        return said
+
+    def _others(self) -> list[Path]:
+        """Folders of machines that take no part."""
+        chosen = {member.folder for member in self._members}
+        return [folder for folder in _folders(self._run) if folder not in chosen]
 
     def _address(self) -> str:
         """By which the others reach this machine."""
@@ -288,6 +343,14 @@ class Follower:
             self._touched_at = now
             with contextlib.suppress(OSError):
                 (self._folder / "here.json").touch()
+
+    def come(self) -> str | None:
+        """To see to that is the leader's."""
+        return None
+
+    def lost(self) -> str | None:
+        """And to that."""
+        return None
 
     def trouble(self) -> str | None:
         if (self._folder / STOP).exists():

@@ -58,6 +58,12 @@ class AbstractTeam(Protocol):
     def trouble(self) -> str | None:
         """Why this machine's ranks are to be ended; None where all is well."""
 
+    def lost(self) -> str | None:
+        """Machines that do not say how they ended, and nothing else either; None where none is."""
+
+    def come(self) -> str | None:
+        """The host of a further machine, for which the run is to save and all to meet anew; None where none is."""
+
 
 class AbstractLeader(AbstractTeam, Protocol):
     def reports(self, *, failed: bool) -> list[NodeEnd]:
@@ -78,7 +84,8 @@ def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[st
     command = _timed(command, deadline_of(limit_s))
     job = _see_through(_Job(command, run, attempt, note or _to_stderr, hang_after, team))
     others = [] if team is None else team.reports(failed=bool(job.returncode))
-    return judge_all(run, attempt, [job.end(), *others], trouble=job.trouble)
+    lost = None if team is None else team.lost()
+    return judge_all(run, attempt, [job.end(), *others], trouble=job.trouble, lost=lost)
 
 
 def serve(command: Command, run: RunDir, attempt: int, team: AbstractTeam, *,
@@ -172,7 +179,7 @@ class _Job:
         self._passed_to: set[int] = set()
         self._failed_at: float | None = None
         self._beat_at = self._team_at = self._watched_at = time.monotonic()
-        self._hung = False
+        self._hung = self._stopping = False
         self._first_known = team is None
 
     @property
@@ -264,6 +271,12 @@ class _Job:
         team.beat()
         if self.trouble is None and (trouble := team.trouble()) is not None:
             self.trouble, self._watched_at = trouble, 0.0
+        if self.trouble is None and self.run.read_outcome(self.attempt) is not None:
+            self.trouble = team.lost()  # torchrun would wait for it for minutes
+        if not self._stopping and (host := team.come()) is not None:
+            self._stopping = True
+            self.note(f"{host} has come: the run saves, and all meet anew")
+            self.run.joined.touch()
         if not self._first_known and (ranks := workers(agent)):
             self.first_rank, self._first_known = min(ranks), True
 

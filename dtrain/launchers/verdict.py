@@ -15,6 +15,7 @@ from dtrain.launchers._torchrun import Exit, first_exits
 from dtrain.runs import Failure, Outcome, RunDir, first_failure
 from dtrain.runs.hang import Stuck, differing, read_hang
 from dtrain.runs.hints import hint, hint_of
+from dtrain.runs.outcomes import JOINED, LEFT
 from dtrain.runs.pulse import Place
 
 _LINES = 30
@@ -68,8 +69,11 @@ def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None
     return judge_all(run, attempt, [NodeEnd.of(log, returncode, told=told, forced=forced, ended=ended)])
 
 
-def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: str | None = None) -> Outcome:
-    """The same from how it ended on each machine, this one first; `trouble`: what became of one that says nothing."""
+def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: str | None = None,
+              lost: str | None = None) -> Outcome:  # fmt: skip
+    """The same from how it ended on each machine, this one first; `trouble`: what another has met; `lost`: which have
+    said nothing.
+    """
     returncode = ends[0].returncode
     if len(ends) == 1:
         ends = [_alone(ends[0], run, attempt)]
@@ -85,7 +89,7 @@ def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: st
     hung = read_hang(run, attempt) if told is None and (recorded is None or recorded.state == "failed") else []
     first = _hang_failure(hung) if hung else _first(failures, killed)
     if recorded is not None and recorded.state != "failed" and (first is None or first.secondary):
-        return recorded
+        return _stopped_by_loss(run, recorded, lost) if lost is not None and told is None else recorded
     if forced:
         message = "ended at once by a second signal"
         return run.write_outcome("interrupted", attempt, message=message)
@@ -93,11 +97,20 @@ def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: st
         name = signal.Signals(told).name
         message = f"{name} stopped it before a save; what was saved before counts"
         return run.write_outcome("stopped", attempt, message=message, reason=name)
-    if trouble is not None and (first is None or first.secondary):
-        return run.write_outcome("launcher", attempt, message=trouble)
+    elsewhere = lost or trouble
+    if elsewhere is not None and (first is None or first.secondary):
+        return run.write_outcome("launcher" if lost is None else "lost", attempt, message=elsewhere)
     if first is not None:
         return run.write_outcome(first.kind, attempt, step=first.step, message=first.message, failure=first)
     return run.write_outcome("launcher", attempt, message=_launcher_message(run, attempt, returncode))
+
+
+def _stopped_by_loss(run: RunDir, recorded: Outcome, lost: str) -> Outcome:
+    """As it was recorded, but for a stop that nobody asked for: the ranks of a launcher that is killed are told to."""
+    if recorded.state != "stopped" or recorded.reason != "SIGTERM":
+        return recorded
+    message = f"{lost}; {recorded.message}"
+    return run.write_outcome("stopped", recorded.attempt, step=recorded.step, message=message, reason=LEFT)
 
 
 def _alone(end: NodeEnd, run: RunDir, attempt: int) -> NodeEnd:
@@ -165,6 +178,8 @@ def explain(outcome: Outcome, run: RunDir) -> str:
     """
     if outcome.kind == "done":
         return f"done: {run.path}"
+    if outcome.kind == "stopped" and outcome.reason == JOINED:
+        return f"{JOINED}: saved at step {outcome.step}"
     if outcome.kind == "stopped":
         at = f" at step {outcome.step}" if outcome.step is not None else f": {outcome.message}"
         return f"stopped{at}; the same command goes on from its newest checkpoint: {run.path}"

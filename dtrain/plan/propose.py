@@ -13,8 +13,8 @@ from dtrain.config.compose import choices, compose, group_choice
 from dtrain.config.schema import Config
 from dtrain.config.spec import StrategySpec
 from dtrain.config.validate import packages, validate, validate_spec
-from dtrain.errors import ConfigError
-from dtrain.plan.machine import look
+from dtrain.errors import ConfigError, PlanError
+from dtrain.plan.machine import Machine, look
 from dtrain.plan.plan import Plan, make_plan, settle_device
 from dtrain.runs import scrub
 
@@ -26,6 +26,21 @@ class Proposal:
     strategies: Mapping[str, StrategySpec]
     """Every choice of the group, with its own defaults."""
     plugins: tuple[str, ...]
+    strategy: str
+    """The name of the choice, which may be one that chooses among the others."""
+    machine: Machine
+
+    def on(self, nodes: int) -> Proposal:
+        """The same on so many machines: the global batch stays, its split and what memory decides are made anew.
+
+        Raises PlanError where it cannot be.
+        """
+        topology = dataclasses.replace(self.plan.topology, nodes=nodes)
+        try:
+            plan = make_plan(self.config, self.strategy, topology, self.machine, self.strategies)
+        except PlanError as error:
+            raise PlanError(f"with {_count(nodes)} of launcher.nodes: {error}") from None
+        return dataclasses.replace(self, plan=plan)
 
 
 def configure(overrides: Sequence[str], config_dir: Path | None) -> tuple[Config, str]:
@@ -51,7 +66,18 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     topology = config.launcher.topology(settle_device(config, machine), machine)
     plan = make_plan(config, name, topology, machine, strategies)
     plan = dataclasses.replace(plan, notes=(*plan.notes, *left_out))
-    return Proposal(config, plan, strategies, config.plugins)
+    proposal = Proposal(config, plan, strategies, config.plugins, name, machine)
+    least = config.launcher.gathering().least
+    if least is None:
+        return proposal
+    few = proposal.on(least).plan
+    note = (f"launcher.nodes: {least} to {topology.nodes} machines; with {_count(least)}: {few.batch.describe()}, "
+            f"strategy {few.strategy}")  # fmt: skip
+    return dataclasses.replace(proposal, plan=dataclasses.replace(plan, notes=(*plan.notes, note)))
+
+
+def _count(nodes: int) -> str:
+    return f"{nodes} machine{'s' * (nodes > 1)}"
 
 
 def _strategies(config_dir: Path | None, plugins: Sequence[str]) -> tuple[dict[str, StrategySpec], list[str]]:

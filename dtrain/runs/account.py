@@ -70,6 +70,14 @@ def account(run: RunDir, *, running: bool, now: float | None = None) -> Account 
     return Account(sum(spent.values()), spent, _left(run, attempts[-1], rows) if running else None)
 
 
+def lost_after(run: RunDir, step: int) -> tuple[int, float]:
+    """Steps beyond `step` that the run has done so far, and the seconds they took: what an attempt that begins there
+    does again. To be asked before its ranks start, which take those lines away; nothing where no metrics are kept.
+    """
+    rows = [row for row in read_lines(run.metrics) if row["step"] > step]
+    return len(rows), sum(row.get("step_s") or 0.0 for row in rows)
+
+
 def _left(run: RunDir, attempt: _Attempt, rows: Sequence[Mapping[str, Any]]) -> float | None:
     steps = run.read_manifest().get("steps")
     done = len([row for row in rows if row["step"] > attempt.first])
@@ -79,14 +87,18 @@ def _left(run: RunDir, attempt: _Attempt, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _attempts(events: Sequence[Mapping[str, Any]], now: float, *, running: bool) -> list[_Attempt]:
-    """In order; one that was killed with all of its processes ends with the last that is known of it."""
-    numbers = sorted({event["attempt"] for event in events if event.get("kind") == "launched"})
-    found = []
-    for number in numbers:
+    """In order; one that was killed with all of its processes ends with the last event that is known of it, and what
+    the next one found it had done since.
+    """
+    starts = {event["attempt"]: event for event in events if event.get("kind") == "launched"}
+    numbers, found = sorted(starts), []
+    for place, number in enumerate(numbers):
         mine = [event for event in events if event.get("attempt") == number]
-        launched = next(event for event in mine if event["kind"] == "launched")
+        launched = starts[number]
         training = next((event for event in mine if event["kind"] == "training"), None)
         ended = seconds_of(mine[-1]["time"])
+        if place + 1 < len(numbers) and not any(event["kind"] == "ended" for event in mine):
+            ended += starts[numbers[place + 1]].get("lost_s") or 0.0
         if running and number == numbers[-1]:
             ended = now
         began = None if training is None else seconds_of(training["time"])

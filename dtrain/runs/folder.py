@@ -45,6 +45,8 @@ class RunDir:
         """Made for a batch script: the job is to be queued again. Holds the name of the job's start that is meant."""
         self.nodes = self.path / ".nodes"
         """Where the machines of a run find each other."""
+        self.joined = self.nodes / "JOINED"
+        """Made by the machine that leads when another has come: the run saves and all meet anew; the run removes it."""
         self.model = self.path / "model"
         """Config and tokenizer of the model, for exports."""
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from dtrain.runs.failures import Failure
 
 TIME_LIMIT, STOP_FILE = "the time limit is near", "the file STOP"
+JOINED, LEFT = "another machine has come", "a machine has left"
+"""Reasons for which a run that may do with fewer and more machines goes on: all meet anew."""
 BY_SCHEDULER = (TIME_LIMIT, STOP_FILE, "SIGUSR1")
 """Reasons that come from a job's time being over rather than from a person who wants an end."""
 EXIT_CODES = {"done": 0, "user": 2, "stopped": 75}
@@ -19,7 +21,7 @@ class Outcome:
     """What `outcome.json` says. The exit code of a launcher means nothing; this does."""
 
     kind: str
-    """done, stopped, or why it failed: user, worker, hang, nonfinite, oom, storage, launcher."""
+    """done, stopped, or why it failed: user, worker, hang, nonfinite, oom, storage, lost, launcher."""
     attempt: int
     step: int | None = None
     """The last step that counts; None where it is not known."""

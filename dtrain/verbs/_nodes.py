@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import sys
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 def launch(run: RunDir, proposal: Proposal) -> int:
     """Until the run's end; returns its exit code, on every machine."""
     from dtrain.config import frozen
+    from dtrain.errors import ConfigError
     from dtrain.launchers import muster
     from dtrain.runs import check
 
@@ -22,6 +24,9 @@ def launch(run: RunDir, proposal: Proposal) -> int:
     digest = frozen.digest(proposal.config)
     code: int | None = None
     check(run.checkpoints)
+    if gathering.least is not None and (why := proposal.config.strategy.unsavable()) is not None:
+        raise ConfigError(f"launcher.nodes: {why}, so that it cannot go on with other machines; type one number, or "
+                          f"take another strategy")  # fmt: skip
     while code is None:
         with muster.enter(run, gathering, nodes, digest, _say) as team:
             if isinstance(team, muster.Leader):
@@ -64,11 +69,14 @@ def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
         print(word.message or "the node that leads has ended", file=sys.stderr, flush=True)
         return word.exit_code
     _say(f"{host} is node {word.node}; {word.host} leads")
-    command = proposal.config.launcher.command(run.path, worker(run, proposal), proposal.plan.topology,
-                                               follower.meeting(word))  # fmt: skip
+    topology = dataclasses.replace(proposal.plan.topology, nodes=word.nodes)
+    command = proposal.config.launcher.command(run.path, worker(run, proposal), topology, follower.meeting(word))
     end = serve(command, run, word.attempt, follower, deadline=word.deadline, hang_after=proposal.config.run.hang_after)
     over = follower.report(end)
     if over is not None and over.again:
+        return None
+    if over is None and proposal.config.launcher.gathering().least is not None:
+        _say(f"{host}: the node that leads is gone; those that are left meet anew")
         return None
     if over is None:
         print(f"{host}: the node that leads is gone; what was saved before counts", file=sys.stderr, flush=True)

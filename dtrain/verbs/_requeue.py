@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dtrain.runs import Outcome, RunDir
 
-FAILURES = ("worker", "hang", "storage", "launcher")
+FAILURES = ("worker", "hang", "storage", "lost", "launcher")
 """Kinds that may be the machine's fault; what the user typed, and a loss that is no number, come again."""
 
 

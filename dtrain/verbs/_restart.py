@@ -11,12 +11,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dtrain.runs.lock import BEAT_S
+from dtrain.runs.outcomes import JOINED, LEFT
 from dtrain.verbs import _oom
 from dtrain.verbs._requeue import FAILURES, failed_in_a_row, refusal
 
 if TYPE_CHECKING:
     from dtrain.config.schema import Config
-    from dtrain.config.spec import Restarts
+    from dtrain.config.spec import Gathering, Restarts
     from dtrain.runs import Outcome, RunDir
 
 MOST_S = 600.0
@@ -32,7 +33,19 @@ def again(run: RunDir, outcome: Outcome, settled: Config, say: Callable[[str], N
     """Whether the run is to be started again now, once it has waited for that. To be called by the holder of the run's
     lock.
     """
-    return _oom.again(run, outcome, settled, say) or after_failure(run, outcome, settled.launcher.restarts(), say)
+    return (_oom.again(run, outcome, settled, say) or with_others(outcome, settled.launcher.gathering(), say)
+            or after_failure(run, outcome, settled.launcher.restarts(), say))  # fmt: skip
+
+
+def with_others(outcome: Outcome, gathering: Gathering, say: Callable[[str], None]) -> bool:
+    """The same where a machine has left or come, and the run may do with fewer or more. No failure is counted: each
+    time there is one machine less, or a save.
+    """
+    changed = outcome.kind == "lost" or (outcome.kind == "stopped" and outcome.reason in (JOINED, LEFT))
+    if gathering.least is None or not changed:
+        return False
+    say(f"{outcome.message}: all meet anew, at least {gathering.least}")
+    return True
 
 
 def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callable[[str], None]) -> bool:
@@ -42,6 +55,8 @@ def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callab
     if os.environ.get("DTRAIN_BATCH") or outcome.kind not in FAILURES or not restarts.most:
         return False
     attempts = run.read_manifest().get("attempts", [])
+    if not restarts.counts_lost:
+        attempts = [one for one in attempts if one.get("ended") != "lost"]
     why_not = refusal(attempts, restarts.most)
     if why_not is not None:
         say(f"not started again: {why_not}")

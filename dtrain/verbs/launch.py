@@ -163,26 +163,40 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
     from dtrain.launchers.supervise import deadline_of, supervise
     from dtrain.verbs import _oom, _requeue
 
-    plan, settled = proposal.plan, _oom.fitting(run, settled, say)
-    _warn_of_room(run, settled, plan.checkpoint_bytes)
+    settled = _oom.fitting(run, settled, say)
+    _warn_of_room(run, settled, proposal.plan.checkpoint_bytes)
     said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets,
                     base=_base(settled, prepared))  # fmt: skip
     clean(run)
     start = choose(run, settled, said, say)
     _refuse_done(run, settled, start)
-    if leader is not None:
-        leader.wait()
+    if leader is not None and (nodes := leader.wait()) != proposal.plan.topology.nodes:
+        proposal, settled = _on(nodes, run, proposal, prepared, settled)
     attempt = run.new_attempt()
     _record(run, attempt, settled, proposal, prepared, said, start)
     limit = settled.run.time_limit
     limit_s = None if limit is None else seconds(limit)
     meeting = leader.meet(attempt, deadline_of(limit_s)) if leader else None
-    command = settled.launcher.command(run.path, worker(run, proposal), plan.topology, meeting)
+    command = settled.launcher.command(run.path, worker(run, proposal), proposal.plan.topology, meeting)
     outcome = supervise(command, run, attempt, limit_s=limit_s, hang_after=settled.run.hang_after, team=leader)
     run.add_attempt(attempt, ended=outcome.kind)
     run.event("ended", attempt=attempt, outcome=outcome.kind)
     _requeue.decide(run, outcome, settled.launcher.restarts().most, say)
     return outcome
+
+
+def _on(nodes: int, run: RunDir, proposal: Proposal, prepared: Prepared,
+        settled: Config) -> tuple[Proposal, Config]:  # fmt: skip
+    """The same for so many machines: another split of the same global batch."""
+    from dtrain.plan.settle import settle
+    from dtrain.verbs import _oom
+
+    here = proposal.on(nodes)
+    anew = settle(here.config, here.plan, here.strategies, prepared.objective, prepared.num_epoch_rows)
+    say(
+        f"launcher.nodes: {nodes} of up to {proposal.plan.topology.nodes} machines; batch: {here.plan.batch.describe()}"
+    )
+    return here, _oom.fitting(run, anew, say)
 
 
 def tell(outcome: Outcome, run: RunDir) -> int:
@@ -224,6 +238,7 @@ def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prep
     from dtrain.config import frozen
     from dtrain.models.assets import copy_assets
     from dtrain.runs import versions
+    from dtrain.runs.account import lost_after
 
     frozen.write(run.config, settled)
     plan = proposal.plan
@@ -238,9 +253,14 @@ def _record(run: RunDir, attempt: int, settled: Config, proposal: Proposal, prep
     )  # fmt: skip
     copy_assets(prepared.assets, run.model)
     step, differences = (start.step, start.differences) if start else (0, ())
+    lost, lost_s = lost_after(run, step)
+    if lost:
+        say(f"resume: {lost} step{'s' * (lost > 1)} after step {step} had not been saved, {lost_s:.1f} s of training: "
+            f"done again")  # fmt: skip
     run.add_attempt(attempt, size=plan.topology.size, strategy=plan.strategy, micro_batch=settled.batch.micro_batch,
                     first_step=step, differences=list(differences))  # fmt: skip
-    run.event("launched", attempt=attempt, strategy=plan.strategy, size=plan.topology.size, step=step)
+    run.event("launched", attempt=attempt, strategy=plan.strategy, size=plan.topology.size, step=step,
+              lost_steps=lost, lost_s=round(lost_s, 3))  # fmt: skip
 
 
 def _refuse_done(run: RunDir, settled: Config, start: Start | None) -> None:

@@ -115,13 +115,13 @@ def _rank(rank: int, size: int, port: int, run: Path, attempt: int, fail: str | 
     from dtrain.engine.worker import work
 
     torch.set_num_threads(1)
-    _record_rows(RunDir(run).attempt_dir(attempt) / f"rank-{rank}.rows.jsonl")
+    record_rows(RunDir(run).attempt_dir(attempt) / f"rank-{rank}.rows.jsonl")
     if before is not None:
         before()
     work(run, plugins=())
 
 
-def _record_rows(to: Path) -> None:
+def record_rows(to: Path) -> None:
     """Write down which rows this rank takes for each step, before it trains on them."""
     from dtrain.data.loader import Loader
 

@@ -93,6 +93,15 @@ def test_the_stop_trigger_is_seen_within_a_second_and_removed(tmp_path: Path, cl
     assert not control.save()
 
 
+def test_a_machine_that_has_come_stops_it_in_other_words(tmp_path: Path, clock: _Clock) -> None:
+    trigger = tmp_path / "JOINED"
+    control = Control(stop_trigger=tmp_path / "STOP", joined=trigger, clock=clock)
+    trigger.touch()
+    clock.now += LOOK_S
+    assert why(control.stop(step_s=1, save_s=1)) == "another machine has come"
+    assert not trigger.exists()
+
+
 def test_a_save_by_trigger_starts_the_minutes_anew(tmp_path: Path, clock: _Clock) -> None:
     control = Control(trigger=tmp_path / "SAVE", every_minutes=1, clock=clock)
     clock.now += 50

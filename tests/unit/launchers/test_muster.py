@@ -148,6 +148,47 @@ def test_one_too_many_is_sent_home(run: RunDir, other: Any) -> None:
         one.leave()
 
 
+SOME = Gathering(timeout_s=20, least=1, last_call_s=0.3)
+
+
+def test_enough_are_enough_and_one_that_comes_later_is_seen(run: RunDir) -> None:
+    with lead(run, 3, SOME) as leader:
+        assert leader.wait() == 1
+        leader.meet(0, None)
+        assert leader.come() is None
+        later, other = Follower(run, "d", SOME), Follower(run, "e", SOME)
+        assert leader.come() is not None
+        assert isinstance(sent_away := other.wait(), Over)
+        assert (sent_away.exit_code, "another configuration" in sent_away.message) == (2, True)
+        leader.send_back()
+        later.leave()
+        other.leave()
+    with lead(run, 2, SOME) as leader:
+        again = Follower(run, "d", SOME)
+        assert leader.wait() == 2
+        leader.meet(1, None)
+        word = again.wait()
+        assert isinstance(word, Go)
+        assert (word.nodes, leader.come()) == (2, None)
+        too_many = Follower(run, "d", SOME)
+        assert leader.come() is None  # as many as there may be
+        too_many.leave()
+        again.leave()
+
+
+def test_one_that_is_gone_is_lost_sooner_than_it_would_be_missed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muster, "GONE_S", 0.2)
+    with lead(run) as leader:
+        gone = Follower(run, "d", PATIENT)
+        leader.wait()
+        leader.meet(0, None)
+        assert leader.lost() is None
+        assert leader.reports(failed=True) == []
+        assert "node 1 on" in leader.lost()
+        assert leader.trouble() is None  # that takes longer while all is well
+        gone.leave()
+
+
 def test_a_follower_leads_where_the_leader_has_gone(run: RunDir) -> None:
     follower = Follower(run, "d", Gathering(timeout_s=20))
     assert follower.wait() is None

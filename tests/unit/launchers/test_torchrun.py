@@ -70,6 +70,15 @@ def test_who_leads() -> None:
     assert Torchrun(host="192.0.2.77").gathering().leads is False
 
 
+def test_from_some_to_some() -> None:
+    some = Torchrun(nodes="2:4", last_call_s=7)
+    assert some.topology("cuda", GPUS) == Topology(nodes=4, procs_per_node=4)
+    assert (some.gathering().least, some.gathering().last_call_s) == (2, 7)
+    assert not some.restarts().counts_lost
+    assert Torchrun(nodes="3:3").gathering().least is Torchrun(nodes=3).gathering().least is None
+    assert Torchrun(nodes="4:2").problems() == ["launcher.nodes=4:2: at least 4 and at most 2; type 2:4"]
+
+
 def test_this_machine_on_the_network() -> None:
     assert is_here("localhost")
     assert not is_here("no-such-host.invalid")

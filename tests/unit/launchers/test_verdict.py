@@ -9,6 +9,7 @@ import pytest
 from dtrain.launchers._torchrun import first_exits, is_closing
 from dtrain.launchers.verdict import NodeEnd, explain, judge, judge_all
 from dtrain.runs import RunDir, record_failure
+from dtrain.runs.outcomes import JOINED, LEFT
 
 # As torchrun 2.13 writes it, shortened.
 KILLED = """\
@@ -135,3 +136,22 @@ def test_a_machine_that_is_gone_is_named_unless_a_rank_says_more(run: RunDir) ->
     assert (outcome.kind, outcome.message) == ("launcher", gone)
     fail(run, 1, ValueError("real"))
     assert judge_all(run, 0, [NodeEnd("here", -9)], trouble=gone).failure.message == "real"
+
+
+def test_a_machine_that_is_gone_is_the_cause_of_the_echo(run: RunDir) -> None:
+    fail(run, 0, RuntimeError(ECHO))
+    outcome = judge_all(run, 0, [NodeEnd("here", 1)], lost="node 1 on n2 is gone")
+    assert (outcome.kind, outcome.message) == ("lost", "node 1 on n2 is gone")
+
+
+@pytest.mark.parametrize(
+    ("reason", "told", "expected"),
+    [("SIGTERM", None, LEFT), ("SIGTERM", signal.SIGTERM, "SIGTERM"), (JOINED, None, JOINED)],
+)
+def test_a_stop_that_nobody_asked_for_is_told_from_one(
+    run: RunDir, reason: str, told: int | None, expected: str
+) -> None:
+    """A launcher that is killed takes its ranks with it by SIGTERM, for which all of them save."""
+    run.write_outcome("stopped", 0, step=5, message="m", reason=reason)
+    outcome = judge_all(run, 0, [NodeEnd("here", 0, told)], lost="node 1 on n2 is gone")
+    assert (outcome.kind, outcome.step, outcome.reason) == ("stopped", 5, expected)

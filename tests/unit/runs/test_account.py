@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.runs import RunDir
-from dtrain.runs.account import account, seconds_of
+from dtrain.runs.account import account, lost_after, seconds_of
 
 
 def at(second: int) -> str:
@@ -65,3 +65,18 @@ def test_one_that_never_trained(run: RunDir, tmp_path: Path) -> None:
     run.metrics.unlink()
     assert account(run, running=False) is None
     assert account(RunDir(tmp_path / "none"), running=False) is None
+
+
+def test_what_was_lost_with_all_processes_is_counted(run: RunDir) -> None:
+    """The first attempt is killed with its launcher: what it did after its last event, the second has found."""
+    lines = [line for line in run.events.read_text().splitlines() if '"ended"' not in line]
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    write(run.events, [{**event, "lost_s": 4.0} if event["attempt"] == 1 else event for event in events])
+    told = account(run, running=True, now=seconds_of(at(87)))
+    assert told.wall_s == pytest.approx(19 + 4 + 27)
+    assert told.spent["lost"] == pytest.approx(4)
+
+
+def test_what_is_done_again(run: RunDir) -> None:
+    assert lost_after(run, 5) == (3, 6.0)
+    assert lost_after(run, 8) == (0, 0.0)

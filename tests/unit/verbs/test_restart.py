@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.spec import Restarts
-from dtrain.runs import RunDir
-from dtrain.verbs._restart import MOST_S, after_failure, wait_s
+from dtrain.config.spec import Gathering, Restarts
+from dtrain.runs import Outcome, RunDir
+from dtrain.runs.outcomes import JOINED, LEFT
+from dtrain.verbs._restart import MOST_S, after_failure, wait_s, with_others
 
 
 @pytest.fixture
@@ -29,8 +30,26 @@ def after(run: RunDir, *ends: tuple[str, int], most: int = 3, wait: float = 0.0)
     return after_failure(run, outcome, Restarts(most, wait), said.append), "\n".join(said)
 
 
+def test_machines_that_leave_do_not_count_where_others_may_go_on(run: RunDir) -> None:
+    for attempt, kind in enumerate(["worker", "lost", "lost", "worker"]):
+        run.add_attempt(attempt, ended=kind, first_step=attempt)
+    outcome = run.write_outcome("worker", 3)
+    assert after_failure(run, outcome, Restarts(2, 0, counts_lost=False), lambda line: None)
+    assert not after_failure(run, outcome, Restarts(2, 0), lambda line: None)
+
+
+@pytest.mark.parametrize(("kind", "reason", "expected"), [
+    ("lost", "", True), ("stopped", JOINED, True), ("stopped", LEFT, True), ("stopped", "SIGTERM", False), ("worker", "", False),
+    ("done", "", False),
+])  # fmt: skip
+def test_all_meet_anew_for_a_machine_that_leaves_or_comes(kind: str, reason: str, expected: bool) -> None:
+    outcome = Outcome(kind=kind, attempt=0, reason=reason)
+    assert with_others(outcome, Gathering(least=1), lambda line: None) is expected
+    assert not with_others(outcome, Gathering(), lambda line: None)
+
+
 @pytest.mark.parametrize(("kind", "expected"), [
-    ("worker", True), ("hang", True), ("storage", True), ("launcher", True), ("user", False), ("nonfinite", False), ("oom", False),
+    ("lost", True), ("worker", True), ("hang", True), ("storage", True), ("launcher", True), ("user", False), ("nonfinite", False), ("oom", False),
     ("stopped", False), ("done", False), ("interrupted", False),
 ])  # fmt: skip
 def test_what_is_started_again(run: RunDir, kind: str, expected: bool) -> None:

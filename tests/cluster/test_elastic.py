@@ -1,0 +1,151 @@
+"""Machines that leave and come while a run goes on: launchers of one machine, that share a folder, killed and started."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dtrain.runs import RunDir
+from tests.e2e.command import ROOT, SMALL, rows, workers_of, write_texts
+from tests.faults.harness import rows_of
+
+STEPS = 60
+ALONE = [*SMALL, "dataset.path=texts.jsonl", "strategy=ddp", f"train.steps={STEPS}", "eval.every_steps=0", "eval.fraction=0",
+         "tracker=jsonl", "tracker.jsonl.plot=false", "checkpoint.every_minutes=null", "checkpoint.every_steps=4",
+         "checkpoint.async=false"]  # fmt: skip
+TYPED = [
+    *ALONE,
+    "launcher=torchrun",
+    "launcher.nodes=1:2",
+    "launcher.procs=1",
+    "launcher.last_call_s=2",
+    "run.name=elastic",
+]
+SLOWLY = {"DTRAIN_FAIL": ",".join(f"train.forward:sleep=0.15:rank={rank}:attempt={attempt}"
+                                  for rank, attempt in itertools.product(range(2), range(2)))}  # fmt: skip
+"""So that there is something left to do when a further machine has come."""
+RECORD = """import os, sys
+if "worker" in sys.orig_argv and "RANK" in os.environ:
+    from pathlib import Path
+    from tests.faults.harness import record_rows
+    from dtrain.runs import RunDir
+    record_rows(RunDir(os.environ["DTRAIN_RUN"]).attempt_dir(int(os.environ["DTRAIN_ATTEMPT"]))
+                / f"rank-{os.environ['RANK']}.rows.jsonl")
+"""
+
+
+class Machines:
+    """Launchers in `folder`; each says to `out-N` what it says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.started = folder, list[subprocess.Popen[str]]()
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(RECORD)
+        write_texts(folder / "texts.jsonl")
+
+    def start(self, *typed: str, **env: str) -> subprocess.Popen[str]:
+        with (self.folder / f"out-{len(self.started)}").open("w") as out:
+            one = subprocess.Popen(
+                [sys.executable, "-m", "dtrain", "launch", *typed], cwd=self.folder, text=True, stdout=out,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": f"{self.folder / 'site'}:{ROOT}", "OMP_NUM_THREADS": "1", **env},
+            )  # fmt: skip
+        self.started.append(one)
+        return one
+
+    def said(self, number: int) -> str:
+        return (self.folder / f"out-{number}").read_text()
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    made = Machines(tmp_path)
+    yield made
+    for one in made.started:
+        one.kill()
+        one.wait()
+
+
+def until(true: Callable[[], bool], machines: Machines, within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, [machines.said(i) for i in range(len(machines.started))]
+        time.sleep(0.05)
+
+
+def trained(run: RunDir, attempt: int) -> int:
+    """Steps that rank 0 has begun in it."""
+    taken = rows_of(run, attempt)
+    return len(taken[0]) if taken else 0
+
+
+WHO = ["machine", *(["launcher", "launcher that leads"] if os.environ.get("DTRAIN_FAULTS") == "all" else [])]
+"""What is killed; `make faults` has all."""
+
+
+ENDED = {"machine": "lost", "launcher": "stopped", "launcher that leads": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", WHO)
+def test_a_run_goes_on_with_whoever_is_there(machines: Machines, who: str) -> None:
+    run, alone = RunDir(machines.folder / "runs" / "elastic"), RunDir(machines.folder / "runs" / "alone")
+    first = machines.start(*TYPED, **SLOWLY)
+    until(lambda: run.holder() is not None, machines)
+    second = machines.start(*TYPED, **SLOWLY)
+    whole = machines.start(*ALONE, "launcher.procs=1", "run.name=alone")
+    until(lambda: trained(run, 0) >= 7, machines)
+    killed, left = (first, second) if who == "launcher that leads" else (second, first)
+    if who == "machine":
+        for process in [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]:
+            process.kill()
+    else:  # its ranks notice, save and end
+        killed.send_signal(signal.SIGKILL)
+    until(lambda: trained(run, 1) >= 2, machines)
+    third = machines.start(*TYPED, **SLOWLY)
+    assert (left.wait(90), third.wait(20), whole.wait(5)) == (0, 0, 0), [machines.said(i) for i in range(4)]
+
+    attempts = run.read_manifest()["attempts"]
+    assert [one["size"] for one in attempts] == [2, 1, 2]
+    assert [one.get("ended") for one in attempts] == [ENDED[who], "stopped", "done"]
+    said = machines.said(machines.started.index(left))
+    again = re.search(r"resume: \d steps? after step \d+ had not been saved, [\d.]+ s of training: done again", said)
+    assert (again is not None) == (who == "machine"), said
+    if who != "launcher that leads":
+        assert re.search(r"node 1 on \S+ is gone.*: all meet anew, at least 1", said), said
+    assert "launcher.nodes: 1 of up to 2 machines; batch: global 8 = 8 on 1 rank" in said
+    assert "another machine has come: saved at step" in said
+    lost = [event["lost_steps"] for event in rows(run.events) if event["kind"] == "launched"]
+    assert lost[0] == lost[2] == 0  # for one that comes, the others save first
+    assert 0 < lost[1] < 4 if who == "machine" else lost[1] == 0
+
+    here, there = rows(run.metrics), rows(alone.metrics)
+    assert [(row["step"], row["samples"], row["lr"]) for row in here] == [
+        (row["step"], row["samples"], row["lr"]) for row in there
+    ]
+    assert [row["loss"] for row in here] == pytest.approx([row["loss"] for row in there], abs=1e-5)
+    expected = dict(rows_of(alone, 0)[0])
+    for attempt, size in enumerate((2, 1, 2)):
+        taken = rows_of(run, attempt)
+        assert len(taken) == size
+        for ranks in zip(*taken, strict=False):  # one that is killed may be a step behind
+            assert len({place for place, _ in ranks}) == 1
+            assert [one for _, ids in ranks for one in ids] == expected[ranks[0][0]]
+    assert workers_of(run.path) == []
+    assert list(run.nodes.glob("*")) == []
+
+
+def test_what_cannot_be_is_refused_before_a_rank_is_started(machines: Machines) -> None:
+    said = machines.start(*ALONE, "launcher=torchrun", "launcher.nodes=3:2")
+    assert said.wait(30) == 2
+    assert "launcher.nodes=3:2: at least 3 and at most 2; type 2:3" in machines.said(0)
