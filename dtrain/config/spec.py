@@ -99,6 +99,8 @@ class Restarts:
     """Before the first of them; doubled each time."""
     counts_lost: bool = True
     """Whether an attempt counts that ended because a machine was lost."""
+    code: int | None = None
+    """The exit code after which whatever started the command starts it again; None: nobody does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,10 @@ class Job:
     """Data and model are prepared before it is handed over."""
     now: bool
     """There is an allocation already: the script is run rather than handed over."""
+    file: str = "job.sh"
+    """What the script is called in the run's folder."""
+    elsewhere: bool = False
+    """It may be handed over from another machine, where the command for that is not found on this one."""
 
 
 class AbstractSpec(ABC):  # noqa: B024 - what is abstract differs by group

@@ -50,7 +50,7 @@ def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int | None:
     with leader.beating():
         prepared, settled = launch.prepare_all(proposal)
     outcome = launch.train(run, proposal, prepared, settled, leader)
-    code = launch.tell(outcome, run)
+    code = launch.tell(outcome, run, settled)
     return None if _restart.again(run, outcome, settled, _say) else code
 
 
@@ -80,7 +80,7 @@ def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
         return None
     if over is None:
         print(f"{host}: the node that leads is gone; what was saved before counts", file=sys.stderr, flush=True)
-        return 3
+        return proposal.config.launcher.restarts().code or 3
     return over.exit_code
 
 

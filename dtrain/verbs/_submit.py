@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 from types import FrameType
@@ -16,11 +17,9 @@ if TYPE_CHECKING:
     from dtrain.plan.propose import Proposal
     from dtrain.runs import RunDir
 
-SCRIPT = "job.sh"
-
 
 def show(job: Job) -> int:
-    how = ["bash", SCRIPT] if job.now else [*job.submit, SCRIPT]
+    how = ["bash", job.file] if job.now else [*job.submit, job.file]
     print(f"submit     {shlex.join(how)}\n\n{job.script}", end="")
     return 0
 
@@ -35,14 +34,18 @@ def submit(job: Job, run: RunDir, proposal: Proposal) -> int:
     else:
         print("data and model are prepared in the job (launcher.prepare=job)")
     run.path.mkdir(parents=True, exist_ok=True)
-    script = run.path / SCRIPT
+    script = run.path / job.file
     script.write_text(job.script, encoding="utf-8")
     if job.now:
         print(
             f"in job {os.environ['SLURM_JOB_ID']}, which is there already: bash {shlex.quote(str(script))}", flush=True
         )
         return _run(["bash", str(script)])
-    number = _hand_over([*job.submit, str(script)])
+    argv = [*job.submit, str(script)]
+    if job.elsewhere and shutil.which(argv[0]) is None:
+        print(f"written    {script}; {argv[0]} is not found here: type this where it is\n           {shlex.join(argv)}")
+        return 0
+    number = _hand_over(argv)
     run.event("submitted", job=number)
     print(f"submitted  job {number}; script {script}")
     for what, argv in job.follow(number).items():

@@ -98,7 +98,7 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     with run.lock(note=say):
         while True:
             outcome = train(run, proposal, prepared, settled)
-            code = tell(outcome, run)
+            code = tell(outcome, run, settled)
             if not _restart.again(run, outcome, settled, say):
                 return code
 
@@ -199,14 +199,16 @@ def _on(nodes: int, run: RunDir, proposal: Proposal, prepared: Prepared,
     return here, _oom.fitting(run, anew, say)
 
 
-def tell(outcome: Outcome, run: RunDir) -> int:
-    """Say how it ended; returns the exit code."""
+def tell(outcome: Outcome, run: RunDir, settled: Config) -> int:
+    """Say how it ended; returns the exit code: of a stop that which has the launcher's cluster start it again."""
     from dtrain.launchers.verdict import explain
 
     text = explain(outcome, run)
     print(text, file=sys.stdout if outcome.exit_code == 0 else sys.stderr, flush=True)
     if outcome.exit_code == 0:
         print(_next_steps(run), flush=True)
+    if outcome.kind == "stopped":
+        return settled.launcher.restarts().code or STOPPED
     return outcome.exit_code
 
 
