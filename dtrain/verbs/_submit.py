@@ -48,8 +48,8 @@ def submit(job: Job, run: RunDir, proposal: Proposal) -> int:
     number = _hand_over(argv)
     run.event("submitted", job=number)
     print(f"submitted  job {number}; script {script}")
-    for what, argv in job.follow(number).items():
-        print(f"{what:<14} {shlex.join(argv)}")
+    for what, words in job.follow(number).items():
+        print(f"{what:<14} {shlex.join(words)}")
     return 0
 
 
