@@ -90,9 +90,26 @@ def due(root: Path, steps: Mapping[int, Mapping[str, float | None]], policy: Che
     return [root / folder_name(step) for step in superfluous(steps, policy, pinned)]
 
 
+def useless(root: Path, steps: Mapping[int, Mapping[str, float | None]], policy: Checkpoint) -> list[Path]:
+    """The damaged checkpoints under `root` that no run will need repaired: there are as many later ones as are to stay
+    among `steps`, the whole ones, and neither a pointer nor `keep_every` asks for them.
+    """
+    if len(steps) < policy.keep_last:
+        return []
+    oldest, named = sorted(steps)[-policy.keep_last], set(pointers(root).values())
+    found = []
+    for folder in reversed(committed(root)):
+        step = step_of(folder)
+        assert step is not None
+        kept = folder.name in named or (policy.keep_every and step % policy.keep_every == 0)
+        if step < oldest and step not in steps and not kept:
+            found.append(folder)
+    return found
+
+
 def prune(root: Path, policy: Checkpoint, *, newest: int | None = None) -> list[Path]:
     """Set the pointers, and remove what need not stay; returns what was removed. What is damaged does not count, so
-    that as many as the policy says are whole; it is left to the user.
+    that as many as the policy says are whole by their sizes; it goes once it is useless.
 
     `newest`: the step just saved. Those of later steps, which a resumed run passed over, do not count.
     """
@@ -104,7 +121,7 @@ def prune(root: Path, policy: Checkpoint, *, newest: int | None = None) -> list[
     if found is not None:
         point(root, BEST, found)
     reach("ckpt.pointed")
-    removed = due(root, measured, policy)
+    removed = [*due(root, measured, policy), *useless(root, measured, policy)]
     for folder in removed:
         discard(folder)
     return removed

@@ -5,6 +5,7 @@ took for which others.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -37,26 +38,29 @@ class _Jsonl(AbstractTracker):
     def __init__(self, run_dir: Path, *, plot: bool) -> None:
         self._run_dir, self._plot = run_dir, plot
         self._metrics, self._evals = run_dir / "metrics.jsonl", run_dir / "eval.jsonl"
-        self._files: dict[Path, TextIO] = {}
+        self._files: dict[Path, _Lines] = {}
         self._warnings: list[str] = []
 
     def start(self, *, steps: int, first_step: int, lines: list[str]) -> None:
         for path in (self._metrics, self._evals):
             _keep_until(path, first_step)
-            self._files[path] = path.open("a", encoding="utf-8", buffering=1)
+            self._files[path] = _Lines(path, self._warnings)
 
     def step(self, report: StepReport) -> None:
-        self._files[self._metrics].write(dumps(row(report)) + "\n")
+        self._files[self._metrics].add(dumps(row(report)))
 
     def eval(self, report: EvalReport) -> None:
-        self._files[self._evals].write(dumps(row(report)) + "\n")
+        self._files[self._evals].add(dumps(row(report)))
         if report.confusion is not None:
             from dtrain.trackers._plot import draw_confusion
 
             said = {"step": report.step, **report.confusion._asdict()}
-            (self._run_dir / "confusion.json").write_text(dumps(said) + "\n", encoding="utf-8")
-            if self._plot:
-                draw_confusion(report.confusion, self._run_dir / "confusion.png", f"eval at step {report.step}")
+            try:
+                (self._run_dir / "confusion.json").write_text(dumps(said) + "\n", encoding="utf-8")
+                if self._plot:
+                    draw_confusion(report.confusion, self._run_dir / "confusion.png", f"eval at step {report.step}")
+            except OSError as error:  # the next eval writes both anew
+                self._warnings.append(f"jsonl: no confusion of step {report.step}: {error.strerror}")
 
     def note(self, line: str) -> None:
         """Notes are events; this file is for figures."""
@@ -68,6 +72,49 @@ class _Jsonl(AbstractTracker):
             from dtrain.trackers._plot import draw_loss
 
             draw_loss(read_rows(self._metrics), read_rows(self._evals), self._run_dir / "loss.png")
+
+    def warnings(self) -> list[str]:
+        said = list(self._warnings)
+        self._warnings.clear()
+        return said
+
+
+@final
+class _Lines:
+    """A file that takes whole lines. What a full disk refuses waits, and is written in its order when there is room."""
+
+    def __init__(self, path: Path, warnings: list[str]) -> None:
+        self._path, self._warnings = path, warnings
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
+
+    def add(self, line: str) -> None:
+        self._waiting.append(line.encode("utf-8", errors="replace") + b"\n")
+        before = len(self._waiting)
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            if before == 1:
+                self._warnings.append(f"jsonl: {self._path}: {error.strerror}; its lines wait until there is room")
+        else:
+            if before > 1:
+                self._warnings.append(f"jsonl: {self._path}: there is room again; {before - 1} lines were written late")
+
+    def _write(self, line: bytes) -> None:
+        """All of it or nothing. Raises OSError."""
+        end = os.fstat(self._file.fileno()).st_size
+        if self._file.write(line) != len(line):
+            self._file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        if self._waiting:
+            self._warnings.append(
+                f"jsonl: {self._path}: the last {len(self._waiting)} lines are lost: no room for them"
+            )
+        self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,8 +47,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     save = _verb(verbs, "save", "have a running run save after its present step; prints the folder once it is there")
     save.add_argument("run", type=Path, help=_RUN)
     save.add_argument("--wait", type=float, default=600.0, metavar="S", help="seconds to wait for it (600)")
-    prune = _verb(verbs, "prune", "remove checkpoints that need not stay; what a pointer names stays, and so does what "
-                                  "is damaged")  # fmt: skip
+    prune = _verb(verbs, "prune", "remove checkpoints that need not stay, once those that do are read and whole; what "
+                                  "a pointer names stays")  # fmt: skip
     prune.add_argument("run", type=Path, help=_RUN)
     prune.add_argument("--keep-last", type=int, metavar="N", help="the newest N stay (the run's checkpoint.keep_last)")
     prune.add_argument("--keep-every", type=int, metavar="K", help="every K-th step stays, 0 for none (the run's own "
@@ -266,16 +266,18 @@ def _prune(args: argparse.Namespace) -> int:
 def _prune_now(run: RunDir, policy: Checkpoint, *, dry_run: bool) -> int:
     from dtrain.folders import discard, remove_leftovers
 
-    for folder in verify.committed(run.checkpoints):
-        for problem in verify.quick_problems(folder):
-            print(f"damaged, left alone: {problem}")
+    whole, damaged = _proven(run.checkpoints, policy)
+    useless = retention.useless(run.checkpoints, whole, policy)
+    for folder, problems in damaged.items():
+        for problem in problems:
+            print(f"damaged{'' if folder in useless else ', left alone'}: {problem}")
     if not dry_run:
         for path in remove_leftovers(run.checkpoints, mine=True):
             print(f"removed {path}, which a killed save left")
-    gone = retention.due(run.checkpoints, retention.whole(run.checkpoints), policy)
+    gone = [*retention.due(run.checkpoints, whole, policy), *useless]
     total = 0
     for folder in gone:
-        num_bytes = manifest.read(folder).num_bytes
+        num_bytes = sum(path.lstat().st_size for path in folder.glob("*.safetensors"))
         total += num_bytes
         if not dry_run:
             discard(folder)
@@ -283,6 +285,28 @@ def _prune_now(run: RunDir, policy: Checkpoint, *, dry_run: bool) -> int:
     left = len(verify.committed(run.checkpoints)) - (len(gone) if dry_run else 0)
     print(f"{len(gone)} {'would go' if dry_run else 'gone'}, {size(total)}; {left} stay")
     return 0
+
+
+def _proven(root: Path, policy: Checkpoint) -> tuple[dict[int, Mapping[str, float | None]], dict[Path, list[str]]]:
+    """The metrics of the checkpoints that are whole, by step, and what is wrong with the others. Where any is to go,
+    those that are to stay are read, so that none goes for one that is whole by its size alone.
+    """
+    whole = retention.whole(root)
+    damaged = {folder: verify.quick_problems(folder) for folder in verify.committed(root)
+               if manifest.step_of(folder) not in whole}  # fmt: skip
+    proven: set[int] = set()
+    while True:
+        gone = retention.due(root, whole, policy)
+        unread = {step: folder for step in whole if (folder := root / manifest.folder_name(step)) not in gone
+                  and step not in proven}  # fmt: skip
+        if not gone or not unread:
+            return whole, damaged
+        for step, folder in unread.items():
+            if problems := verify.problems(folder):
+                damaged[folder] = problems
+                del whole[step]
+            else:
+                proven.add(step)
 
 
 def _policy(run: RunDir, keep_last: int | None, keep_every: int | None) -> Checkpoint:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.checkpoint.manifest import folder_name
-from dtrain.checkpoint.retention import best, due, point, pointers, prune, superfluous, whole
+from dtrain.checkpoint.retention import best, due, point, pointers, prune, superfluous, useless, whole
 from dtrain.config.schema import Checkpoint
 from tests.unit.checkpoint.synthetic import tensors, write
 
@@ -73,14 +73,23 @@ def test_later_steps_that_were_passed_over_do_not_count(root: Path) -> None:
 
 
 def test_what_is_damaged_does_not_count(root: Path) -> None:
-    """Nor is it removed: the user may want to repair it."""
+    """Nor is it removed while it may be worth a repair: until there are as many later ones as are to stay."""
     (root / folder_name(50) / "rank-00000.safetensors").write_bytes(b"short")
     manifest = root / folder_name(10) / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 60}))
     assert sorted(whole(root)) == [20, 30, 40]
     prune(root, Checkpoint(keep_last=1))
-    assert _left(root) == [10, 40, 50]
+    assert _left(root) == [40, 50]
     assert pointers(root)["latest"] == folder_name(40)
+
+
+def test_what_is_damaged_stays_where_it_is_asked_for(root: Path) -> None:
+    for step in (10, 20, 30):
+        (root / folder_name(step) / "rank-00000.safetensors").write_bytes(b"short")
+    (root / "paper").write_text(f"{folder_name(10)}\n")
+    assert useless(root, whole(root), Checkpoint(keep_last=3)) == []
+    prune(root, Checkpoint(keep_last=2, keep_every=20))
+    assert _left(root) == [10, 20, 40, 50]
 
 
 def test_due_removes_nothing(root: Path) -> None:

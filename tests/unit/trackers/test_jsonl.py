@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,27 @@ def test_one_spike_does_not_flatten_the_curve() -> None:
     low, high = limits([*[2.0 + step / 1000 for step in range(999)], 500.0])
     assert low < 2.0
     assert 3.0 < high < 3.2
+
+
+def test_on_a_full_disk_lines_wait(tmp_path: Path) -> None:
+    """A limit on the size of files is what the kernel has for a full disk: of the last line it takes a part."""
+    tracker = started(tmp_path)
+    tracker.step(step_report(1))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+        for step in (2, 3):
+            tracker.step(step_report(step))
+        assert steps(tmp_path / "metrics.jsonl") == [1]
+        (warning,) = tracker.warnings()
+        assert "its lines wait until there is room" in warning
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    tracker.step(step_report(4))
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
+    assert tracker.warnings() == [
+        f"jsonl: {tmp_path / 'metrics.jsonl'}: there is room again; 2 lines were written late"
+    ]
+    tracker.finish(outcome="done")

@@ -237,6 +237,15 @@ def test_prune_keeps_what_is_pointed_to_and_the_newest_that_is_whole(run: RunDir
     assert (run.checkpoints / "latest").read_text() == "step-00000030\n"
 
 
+def test_prune_reads_what_is_to_stay_before_anything_goes(run: RunDir, said: _Said) -> None:
+    for step in (40, 50):
+        _flip(_folder(run, step) / "rank-00000.safetensors")  # of the right size
+    text = said("prune", "mine", "--keep-last", "1")
+    for step in (40, 50):
+        assert f"damaged, left alone: {_folder(run, step)}/rank-00000.safetensors: its content differs" in text
+    assert _steps(run) == [20, 30, 40, 50]
+
+
 def test_prune_takes_what_a_killed_save_left(run: RunDir, said: _Said) -> None:
     (run.checkpoints / ".tmp-elsewhere-1-abcd").mkdir()
     assert "elsewhere" not in said("prune", "mine", "--dry-run")
