@@ -118,6 +118,8 @@ class Job:
     """There is an allocation already: the script is run rather than handed over."""
     file: str = "job.sh"
     """What the script is called in the run's folder."""
+    task: str = "{job}"
+    """What the scheduler calls one of its runs, by {job}, its number, and {place}, that of the run in it."""
     elsewhere: bool = False
     """It may be handed over from another machine, where the command for that is not found on this one."""
 
@@ -456,6 +458,12 @@ class LauncherSpec(AbstractSpec):
     def job(self, run_dir: Path, launch: Sequence[str]) -> Job | None:
         """What to hand to a scheduler, which is to type `python -m dtrain <launch>` on each machine; None where the
         processes are started here and now. Raises ConfigError.
+        """
+        return None
+
+    def array(self, runs: Sequence[tuple[Path, Sequence[str]]]) -> Job | None:
+        """The same for several runs, folder and `launch` of each, as tasks of one job; None where a job is for one run.
+        Raises ConfigError.
         """
         return None
 

@@ -6,9 +6,9 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -55,6 +55,8 @@ class Slurm(LauncherSpec):
     """Queue the job again when its time is over, it is preempted or a node fails; it goes on from its newest save."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """How often a run that failed is queued again: never for what the user typed, nor without progress."""
+    array_parallel: Annotated[int, Field(ge=1)] | None = None
+    """Of a sweep (-m), which is one job with a task for each run: how many may run at once; all when not given."""
     modules: tuple[str, ...] = ()
     """What `module load` is called with."""
     prolog: tuple[str, ...] = ()
@@ -84,6 +86,9 @@ class Slurm(LauncherSpec):
                   for one in self.options if not _OPTION.fullmatch(one)]  # fmt: skip
         found += [f"launcher.modules: {one!r}: not the name of a module"
                   for one in self.modules if not _MODULE.fullmatch(one)]  # fmt: skip
+        if any(re.match(r"--array(=|$)", one) for one in self.options):
+            found.append("launcher.options: --array is for dtrain to write: -m makes a task for each run, and "
+                         "launcher.array_parallel says how many at once")  # fmt: skip
         if self.time is not None and (seconds(self.time) is None or not _TIME.fullmatch(self.time)):
             found.append(f"launcher.time={self.time}: not a time limit; write minutes, as 90, or 01:30:00, or 2-12")
         if self.gpus_per_node and self.procs != "auto" and self.procs > self.gpus_per_node:
@@ -124,27 +129,38 @@ class Slurm(LauncherSpec):
     def job(self, run_dir: Path, launch: Sequence[str]) -> Job | None:
         if _on_node(os.environ):
             return None
+        command = self._typed(launch)
+        script = self._script({"run_dir": _told(run_dir), "command": command, "tasks": []})
+        return self._job(script, _submit(run_dir.name, f"{run_dir}/job-%j.log"),
+                         lambda number: _follow(run_dir, number))  # fmt: skip
+
+    def array(self, runs: Sequence[tuple[Path, Sequence[str]]]) -> Job | None:
+        if _on_node(os.environ) or self._allocated(os.environ):
+            return None
+        tasks = [{"run_dir": _told(run_dir), "command": self._typed(launch)} for run_dir, launch in runs]
+        at_once = "" if self.array_parallel is None else f"%{self.array_parallel}"
+        parent = runs[0][0].parent
+        names = [run_dir.name for run_dir, _ in runs]
+        common = os.path.commonprefix(names).rstrip(".=+-")  # noqa: RUF071 - letter by letter is what is meant
+        submit = [*_submit(common or "sweep", f"{parent}/job-%A_%a.log"), f"--array=0-{len(runs) - 1}{at_once}"]
+        return self._job(self._script({"tasks": tasks}), submit, lambda number: _follow_array(parent, number),
+                         task="{job}_{place}")  # fmt: skip
+
+    def _typed(self, launch: Sequence[str]) -> list[str]:
+        return [self.python or ("python3" if self.container else sys.executable), "-u", "-m", "dtrain", *launch]
+
+    def _script(self, values: Mapping[str, Any]) -> str:
         from dtrain.launchers._script import render
 
-        where = str(run_dir)
-        if "\\" in where or "\n" in where:
-            raise ConfigError(f"run.dir: {where!r}: Slurm reads a backslash or the end of a line in the name of a log "
-                              f"as something else; choose another folder")  # fmt: skip
-        python = self.python or ("python3" if self.container else sys.executable)
-        script = render(self, self.template, {
+        return render(self, self.template, {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
-            "run_dir": where,
-            "command": [python, "-u", "-m", "dtrain", *launch],
             "time_s": int(seconds(self.time) or 0) if self.time else 0,
+            **values,
         })  # fmt: skip
-        submit = [
-            "sbatch", "--parsable",
-            "--job-name=" + re.sub(r"[^A-Za-z0-9._=+@,-]", "_", run_dir.name),
-            "--output=" + where.replace("%", "%%") + "/job-%j.log",
-            f"--chdir={Path.cwd()}",
-        ]  # fmt: skip
-        return Job(script, submit, lambda number: _follow(run_dir, number), prepare=self.prepare == "submit",
-                   now=self._allocated(os.environ))  # fmt: skip
+
+    def _job(self, script: str, submit: Sequence[str], follow: Callable[[str], Mapping[str, Sequence[str]]],
+             task: str = "{job}") -> Job:  # fmt: skip
+        return Job(script, submit, follow, task=task, prepare=self.prepare == "submit", now=self._allocated(os.environ))
 
     def _allocated(self, env: Mapping[str, str]) -> bool:
         """Whether there are nodes already, as salloc gives them. Raises ConfigError where they are too few."""
@@ -158,6 +174,35 @@ class Slurm(LauncherSpec):
 
 
 _ALLOWED = "letters, digits and _ . , : = + @ / % * | & ( ) [ ] ! ~ - may stand in one"
+
+
+def _told(run_dir: Path) -> str:
+    where = str(run_dir)
+    if "\\" in where or "\n" in where:
+        raise ConfigError(f"run.dir: {where!r}: Slurm reads a backslash or the end of a line in the name of a log "
+                          f"as something else; choose another folder")  # fmt: skip
+    return where
+
+
+def _submit(name: str, log: str) -> list[str]:
+    """`log`: its `%` as Slurm reads them in its last part; those of the folder are meant as they are."""
+    folder, _, file = log.rpartition("/")
+    return [
+        "sbatch", "--parsable",
+        "--job-name=" + re.sub(r"[^A-Za-z0-9._=+@,-]", "_", name),
+        "--output=" + folder.replace("%", "%%") + "/" + file,
+        f"--chdir={Path.cwd()}",
+    ]  # fmt: skip
+
+
+def _follow_array(parent: Path, number: str) -> dict[str, list[str]]:
+    return {
+        "queue": ["squeue", f"--jobs={number}"],
+        "log of the first": ["tail", "-F", str(parent / f"job-{number}_0.log")],
+        "runs": ["dtrain", "runs", "ls", str(parent)],
+        "save, requeue one": ["scancel", "--signal=USR1", "--batch", f"{number}_0"],
+        "save, end all": ["scancel", number],
+    }
 
 
 def _follow(run_dir: Path, number: str) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,18 +25,24 @@ def show(job: Job) -> int:
     return 0
 
 
-def submit(job: Job, run: RunDir, proposal: Proposal) -> int:
-    """Hand it over, or run it in the allocation that there is; returns the exit code. Raises RunError."""
+def submit(job: Job, runs: Sequence[RunDir], proposals: Sequence[Proposal]) -> int:
+    """Hand it over, or run it in the allocation that there is; returns the exit code. Raises RunError.
+
+    A job for several runs has its script in the folder of each.
+    """
     from dtrain.verbs import launch
 
-    launch.check_folder(run)
+    for run in runs:
+        launch.check_folder(run)
     if job.prepare:
-        launch.prepare_all(proposal)
+        for proposal in proposals:
+            launch.prepare_all(proposal)
     else:
         print("data and model are prepared in the job (launcher.prepare=job)")
-    run.path.mkdir(parents=True, exist_ok=True)
-    script = run.path / job.file
-    script.write_text(job.script, encoding="utf-8")
+    for run in runs:
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / job.file).write_text(job.script, encoding="utf-8")
+    script = runs[0].path / job.file
     if job.now:
         print(
             f"in job {os.environ['SLURM_JOB_ID']}, which is there already: bash {shlex.quote(str(script))}", flush=True
@@ -46,10 +53,14 @@ def submit(job: Job, run: RunDir, proposal: Proposal) -> int:
         print(f"written    {script}; {argv[0]} is not found here: type this where it is\n           {shlex.join(argv)}")
         return 0
     number = _hand_over(argv)
-    run.event("submitted", job=number)
-    print(f"submitted  job {number}; script {script}")
-    for what, words in job.follow(number).items():
-        print(f"{what:<14} {shlex.join(words)}")
+    for place, run in enumerate(runs):
+        run.event("submitted", job=job.task.format(job=number, place=place))
+    tasks = "" if len(runs) == 1 else f": {len(runs)} runs submitted, as its tasks 0 to {len(runs) - 1}"
+    print(f"submitted  job {number}{tasks}; script {script}")
+    follow = job.follow(number)
+    width = max(map(len, follow))
+    for what, words in follow.items():
+        print(f"{what:<{width}} {shlex.join(words)}")
     return 0
 
 

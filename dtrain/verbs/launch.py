@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import shlex
 import shutil
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.errors import ConfigError, DtrainError, RunError, UserError
+from dtrain.errors import RunError
 from dtrain.verbs import _overrides
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 
 STOPPED = 75
-LONGEST_NAME = 200
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dtrain.config.compose import sweep
+    from dtrain.verbs import _sweep
 
     if args.help:
         print(_overrides.help_text(args.parser, args.config_dir), end="")
@@ -45,36 +44,11 @@ def run(args: argparse.Namespace) -> int:
     if args.cfg:
         return _print_config(args.overrides, args.config_dir)
     if not args.multirun:
-        return _launch(args.overrides, args)
-    return _launch_all(sweep(args.overrides, args.config_dir), args)
+        return launch(args.overrides, args)
+    return _sweep.launch(sweep(args.overrides, args.config_dir), args)
 
 
-def _launch_all(combinations: list[list[str]], args: argparse.Namespace) -> int:
-    """A run after the other. Nothing is started unless all can be; where one fails, the others run all the same.
-
-    The exit code: 75 where a run was stopped, which ends the sweep; else the first that is not 0.
-    """
-    from dtrain.runs import redact
-    from dtrain.verbs._report import report
-
-    names = _names(combinations, args.config_dir)
-    codes: list[int] = []
-    for i, (overrides, name) in enumerate(zip(combinations, names, strict=True), 1):
-        print(f"--- run {i} of {len(combinations)}: {name}: {' '.join(redact(overrides))}", flush=True)
-        try:
-            codes.append(_launch([*overrides, f"run.name='{name}'"], args))
-        except DtrainError as error:
-            codes.append(report(error))
-        if codes[-1] == STOPPED:
-            break
-    print(f"--- {codes.count(0)} of {len(combinations)} runs done")
-    for name, code in zip(names, codes, strict=False):
-        if code:
-            print(f"    {name}: exit code {code}")
-    return STOPPED if STOPPED in codes else next((code for code in codes if code), 0)
-
-
-def _launch(overrides: list[str], args: argparse.Namespace) -> int:
+def launch(overrides: list[str], args: argparse.Namespace) -> int:
     """One run, from what was typed to its exit code; or to the job that will do that."""
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
@@ -84,13 +58,12 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
     proposal = propose(overrides, args.config_dir)
     config, plan = proposal.config, proposal.plan
     run = RunDir(Path(config.run.dir) / config.run.name)
-    where = [] if args.config_dir is None else ["--config-dir", str(args.config_dir.absolute())]
-    job = config.launcher.job(run.path, ["launch", *where, *overrides])
+    job = config.launcher.job(run.path, words(overrides, args))
     if plan.topology.nodes > 1 and job is None and not args.dry_run:
         return _nodes.launch(run, proposal)
     print(describe(config, plan), flush=True)
     if job is not None:
-        return _submit.show(job) if args.dry_run else _submit.submit(job, run, proposal)
+        return _submit.show(job) if args.dry_run else _submit.submit(job, [run], [proposal])
     if args.dry_run:
         return _show_command(run, proposal)
     check_folder(run)
@@ -101,6 +74,12 @@ def _launch(overrides: list[str], args: argparse.Namespace) -> int:
             code = tell(outcome, run, settled)
             if not _restart.again(run, outcome, settled, say):
                 return code
+
+
+def words(overrides: list[str], args: argparse.Namespace) -> list[str]:
+    """What is to be typed elsewhere for the same run."""
+    where = [] if args.config_dir is None else ["--config-dir", str(args.config_dir.absolute())]
+    return ["launch", *where, *overrides]
 
 
 def _show_command(run: RunDir, proposal: Proposal) -> int:
@@ -313,31 +292,6 @@ def _print_config(overrides: list[str], config_dir: Path | None) -> int:
     config, _ = configure(overrides, config_dir)
     print(dump_yaml(frozen.to_plain(config)), end="")
     return 0
-
-
-def _names(combinations: list[list[str]], config_dir: Path | None) -> list[str]:
-    """A name for each run: the configured one, and what differs. Raises ConfigError with what is wrong in any."""
-    from dtrain.plan.propose import propose
-
-    problems: dict[str, None] = {}
-    names = []
-    for overrides in combinations:
-        try:
-            names.append(propose(overrides, config_dir).config.run.name)
-        except UserError as error:
-            problems.update(dict.fromkeys(str(error).splitlines()))
-    if problems:
-        raise ConfigError.of(problems)
-    if len(set(names)) == len(names):
-        return names
-    differ = [
-        [text for i, text in enumerate(one) if len({other[i] for other in combinations}) > 1] for one in combinations
-    ]
-    tails = [re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(text.lstrip("+~") for text in one)) for one in differ]
-    full = [f"{name}-{tail}" if tail else name for name, tail in zip(names, tails, strict=True)]
-    if len(set(full)) < len(full) or max(map(len, full)) > LONGEST_NAME:
-        return [f"{name[: LONGEST_NAME - 8]}-{i}" for i, name in enumerate(names)]
-    return full
 
 
 def say(line: str) -> None:

@@ -216,7 +216,7 @@ def test_a_sweep_is_named_by_what_differs(here: Path, capsys) -> None:
     said = capsys.readouterr().out
     for name in ("smoke-strategy=ddp-train.steps=3", "smoke-strategy=zero1-train.steps=4"):
         assert f"run        {name} in runs/{name}" in said
-    assert "4 of 4 runs done" in said
+    assert "4 of 4 runs shown" in said
     assert run(["launch", "-m", "--dry-run", "strategy=glob(zero*)", "launcher.procs=1"]) == 0
     assert "demo-strategy=zero3" in capsys.readouterr().out
     assert run(["launch", "-m", "--dry-run", "run.name=a,b", "launcher.procs=1"]) == 0

@@ -96,6 +96,7 @@ def test_containers() -> None:
     ({"options": ("--wrap=a;b",)}, "launcher.options"), ({"options": ("--x=a\nb",)}, "launcher.options"),
     ({"modules": ("a;b",)}, "launcher.modules"), ({"modules": ("$(x)",)}, "launcher.modules"),
     ({"time": "soon"}, "launcher.time=soon"), ({"time": "1.5"}, "launcher.time=1.5"), ({"time": "1:2:3:4"}, "launcher.time"),
+    ({"options": ("--array=0-3",)}, "launcher.array_parallel"),
     ({"gpus_per_node": 2, "procs": 4}, "launcher.procs=4"), ({"mounts": ("/a",)}, "launcher.mounts"),
 ])  # fmt: skip
 def test_what_does_not_belong_in_a_script_is_refused(values: dict[str, Any], says: str) -> None:
@@ -107,14 +108,14 @@ def test_good_values_are_no_problem() -> None:
     assert [Slurm(time=time).problems() for time in ("90", "1:30", "01:30:00", "2-12", "2-12:30")] == [[]] * 5
 
 
-def read_by_bash(script: str, folder: Path) -> tuple[list[str], str]:
+def read_by_bash(script: str, folder: Path, **env: str) -> tuple[list[str], str]:
     """The words of the command and the folder, as bash reads them."""
     end = next(line for line in script.splitlines() if line.startswith("trap 'echo"))
     head = script[: script.index(end)]
     out = folder / "words"
     text = head + 'printf "%s\\0" "$run" "${command[@]}" >"$OUT"\n'
     done = subprocess.run(["bash", "-u"], input=text.encode(), capture_output=True, cwd=folder, check=False,
-                          env={"PATH": "/usr/bin:/bin", "OUT": str(out), "SLURM_JOB_ID": "1"})  # fmt: skip
+                          env={"PATH": "/usr/bin:/bin", "OUT": str(out), "SLURM_JOB_ID": "1", **env})  # fmt: skip
     assert done.returncode == 0, done.stderr
     words = out.read_bytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
     return words[1:], words[0]
@@ -131,6 +132,44 @@ def test_bash_reads_what_was_typed(words: list[str], name: str, tmp_path_factory
     assert got == [sys.executable, "-u", "-m", "dtrain", "launch", *words]
     assert run == str(Path("/runs/" + name))
     assert [path.name for path in folder.iterdir()] == ["words"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tasks=st.lists(st.tuples(NASTY, st.lists(NASTY, min_size=1, max_size=3)), min_size=2, max_size=4), data=st.data()
+)
+def test_bash_reads_what_was_typed_for_each_task(
+    tasks: list[tuple[str, list[str]]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    runs = [(Path("/runs", "plain" if set(name) & {"\n", "\\"} else name), ["launch", *words]) for name, words in tasks]
+    made = Slurm().array(runs)
+    assert made is not None
+    place = data.draw(st.integers(0, len(runs) - 1))
+    folder = tmp_path_factory.mktemp("run")
+    got, run = read_by_bash(made.script, folder, SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID=str(place))
+    assert got == [sys.executable, "-u", "-m", "dtrain", *runs[place][1]]
+    assert run == str(runs[place][0])
+    assert [path.name for path in folder.iterdir()] == ["words"]
+
+
+def test_an_array_is_handed_over_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [(Path(f"/100% a/{i}"), ["launch", f"run.name={i}"]) for i in range(3)]
+    made = Slurm(array_parallel=2).array(runs)
+    assert made is not None
+    assert list(made.submit) == ["sbatch", "--parsable", "--job-name=sweep", "--output=/100%% a/job-%A_%a.log",
+                                 f"--chdir={Path.cwd()}", "--array=0-2%2"]  # fmt: skip
+    assert made.task.format(job="17", place=2) == "17_2"
+    assert 'scontrol requeue "$job"' in made.script
+    assert "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in made.script
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    assert Slurm().array(runs) is None, "in an allocation each is started there"
+
+
+def test_a_template_that_knows_no_tasks_is_told(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.j2"
+    mine.write_text("#!/bin/sh\nrun={{ run_dir }}\n")
+    with pytest.raises(ConfigError, match=r"launcher.template=.*run_dir"):
+        Slurm(template=str(mine)).array([(Path("/r/a"), []), (Path("/r/b"), [])])
 
 
 def test_how_it_is_handed_over() -> None:
@@ -177,6 +216,10 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_shellcheck_has_nothing_to_say(values: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "job.sh"
-    path.write_text(job('/runs/a\'s "b" $(c)', **values).script)
-    done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
-    assert done.stdout == ""
+    where = '/runs/a\'s "b" $(c)'
+    array = Slurm(**values).array([(Path(where, name), ["launch", "x='$y'"]) for name in "ab"])
+    assert array is not None
+    for script in (job(where, **values).script, array.script):
+        path.write_text(script)
+        done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
+        assert done.stdout == ""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from dtrain import cli
+from dtrain.runs import RunDir
+from dtrain.runs.files import last_json
 
 SBATCH = """\
 #!/bin/sh
@@ -63,15 +65,38 @@ def test_dry_run_shows_the_script_and_leaves_nothing(place: Path, capsys: pytest
     assert not (place / "got").exists()
 
 
-def test_a_sweep_is_a_job_for_each(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run([*TYPED, "-m", "train.steps=40,80"]) == 0
-    names = sorted(path.name for path in (place / "runs").iterdir())
-    assert len(names) == 2
-    assert capsys.readouterr().out.count("submitted  job 17") == 2
-    for name, steps in zip(names, (40, 80), strict=True):
-        script = (place / "runs" / name / "job.sh").read_text()
-        assert f"train.steps={steps}\n" in script
-        assert name in script
+def test_a_sweep_is_one_job_with_a_task_for_each(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*TYPED, "-m", "train.steps=40,80", "launcher.array_parallel=1"]) == 0
+    names = ["a b-train.steps=40", "a b-train.steps=80"]
+    assert sorted(path.name for path in (place / "runs").iterdir()) == names
+    assert (place / "got").read_text().split("\0")[:-1] == [
+        "--parsable", "--job-name=a_b-train.steps", f"--output={place}/runs/job-%A_%a.log", f"--chdir={place}",
+        "--array=0-1%1", f"{place}/runs/{names[0]}/job.sh"]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "submitted  job 17: 2 runs submitted, as its tasks 0 to 1" in said
+    assert "runs done" not in said
+    for i, name in enumerate(names):
+        assert last_json(RunDir(place / "runs" / name).events)["job"] == f"17_{i}"
+        assert (place / "runs" / name / "job.sh").read_text().count("train.steps=80\n") == 1
+
+
+def test_runs_that_ask_for_different_jobs_are_submitted_by_themselves(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run([*TYPED, "-m", "launcher.nodes=2,3"]) == 0
+    said = capsys.readouterr().out
+    assert "the runs ask for different jobs" in said
+    assert said.count("submitted  job 17;") == 2
+    assert "--- 2 of 2 runs submitted" in said
+
+
+def test_a_dry_run_of_a_sweep_shows_its_one_script(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*TYPED, "-m", "train.steps=40,80", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("ranks      2 on cpu: 2 nodes x 1") == 2
+    assert said.count("#!/bin/bash") == 1
+    assert "--array=0-1 " in said
+    assert not (place / "runs").exists()
 
 
 def test_what_sbatch_refuses_is_told(place: Path) -> None:

@@ -1,0 +1,131 @@
+"""Several runs by one command: one after the other, or as the tasks of a scheduler's job."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtrain.errors import ConfigError, DtrainError, UserError
+
+if TYPE_CHECKING:
+    from dtrain.config.spec import Job
+    from dtrain.plan.propose import Proposal
+    from dtrain.runs import RunDir
+
+LONGEST_NAME = 200
+
+
+def launch(combinations: list[list[str]], args: argparse.Namespace) -> int:
+    """A run for each combination. Nothing is started unless all can be; where one fails, the others run all the same.
+
+    The exit code: 75 where a run was stopped, which ends the sweep; else the first that is not 0.
+    """
+    from dtrain.verbs import launch as one
+    from dtrain.verbs._report import report
+
+    proposals = _propose(combinations, args.config_dir)
+    names = _names(combinations, [proposal.config.run.name for proposal in proposals])
+    typed = [[*overrides, f"run.name='{name}'"] for overrides, name in zip(combinations, names, strict=True)]
+    runs = [_run(proposal, name) for proposal, name in zip(proposals, names, strict=True)]
+    words = [one.words(overrides, args) for overrides in typed]
+    job = _array(proposals, runs, words)
+    if job is not None:
+        return _as_tasks(job, proposals, runs, typed, args)
+    codes: list[int] = []
+    for i, overrides in enumerate(typed):
+        _head(i, names, combinations[i])
+        try:
+            codes.append(one.launch(overrides, args))
+        except DtrainError as error:
+            codes.append(report(error))
+        if codes[-1] == one.STOPPED:
+            break
+    print(f"--- {codes.count(0)} of {len(names)} runs {_became(proposals, runs, words, args)}")
+    for name, code in zip(names, codes, strict=False):
+        if code:
+            print(f"    {name}: exit code {code}")
+    return one.STOPPED if one.STOPPED in codes else next((code for code in codes if code), 0)
+
+
+def _array(proposals: Sequence[Proposal], runs: Sequence[RunDir], words: Sequence[Sequence[str]]) -> Job | None:
+    """One job for all; None where each is started or handed over by itself."""
+    launchers = [proposal.config.launcher for proposal in proposals]
+    if len(runs) < 2:
+        return None
+    job = launchers[0].array([(run.path, typed) for run, typed in zip(runs, words, strict=True)])
+    if job is not None and any(launcher != launchers[0] for launcher in launchers):
+        print("the runs ask for different jobs, by what is swept of launcher: one is submitted for each", flush=True)
+        return None
+    return job
+
+
+def _as_tasks(job: Job, proposals: Sequence[Proposal], runs: Sequence[RunDir], typed: Sequence[list[str]],
+              args: argparse.Namespace) -> int:  # fmt: skip
+    from dtrain.plan.describe import describe
+    from dtrain.plan.propose import propose
+    from dtrain.verbs import _submit
+
+    named = [propose(overrides, args.config_dir) for overrides in typed]
+    names = [run.name for run in runs]
+    for i, proposal in enumerate(named):
+        _head(i, names, typed[i][:-1])
+        print(describe(proposal.config, proposal.plan), flush=True)
+    print()
+    if args.dry_run:
+        _submit.show(job)
+        return 0
+    return _submit.submit(job, runs, named)
+
+
+def _head(i: int, names: Sequence[str], overrides: Sequence[str]) -> None:
+    from dtrain.runs import redact
+
+    print(f"--- run {i + 1} of {len(names)}: {names[i]}: {' '.join(redact(overrides))}", flush=True)
+
+
+def _became(proposals: Sequence[Proposal], runs: Sequence[RunDir], words: Sequence[Sequence[str]],
+            args: argparse.Namespace) -> str:  # fmt: skip
+    """What the exit code 0 of a run means."""
+    if args.dry_run:
+        return "shown"
+    jobs = [one.config.launcher.job(run.path, typed) for one, run, typed in zip(proposals, runs, words, strict=True)]
+    return "submitted" if any(job is not None and not job.now for job in jobs) else "done"
+
+
+def _run(proposal: Proposal, name: str) -> RunDir:
+    from dtrain.runs import RunDir
+
+    return RunDir(Path(proposal.config.run.dir) / name)
+
+
+def _propose(combinations: list[list[str]], config_dir: Path | None) -> list[Proposal]:
+    """Raises ConfigError with what is wrong in any."""
+    from dtrain.plan.propose import propose
+
+    problems: dict[str, None] = {}
+    found = []
+    for overrides in combinations:
+        try:
+            found.append(propose(overrides, config_dir))
+        except UserError as error:
+            problems.update(dict.fromkeys(str(error).splitlines()))
+    if problems:
+        raise ConfigError.of(problems)
+    return found
+
+
+def _names(combinations: list[list[str]], names: Sequence[str]) -> list[str]:
+    """A name for each run: the configured one, and what differs."""
+    if len(set(names)) == len(names):
+        return list(names)
+    differ = [
+        [text for i, text in enumerate(one) if len({other[i] for other in combinations}) > 1] for one in combinations
+    ]
+    tails = [re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(text.lstrip("+~") for text in one)) for one in differ]
+    full = [f"{name}-{tail}" if tail else name for name, tail in zip(names, tails, strict=True)]
+    if len(set(full)) < len(full) or max(map(len, full)) > LONGEST_NAME:
+        return [f"{name[: LONGEST_NAME - 8]}-{i}" for i, name in enumerate(names)]
+    return full
