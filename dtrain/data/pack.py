@@ -56,6 +56,28 @@ def pack(lengths: Ints, max_length: int) -> Packing:
     return _by_first_document(row_of, num_rows)
 
 
+def fewest_rows(lengths: Ints, max_length: int) -> int:
+    """A number of rows below which nothing can pack these documents: Martello and Toth's bound L2 (1990).
+
+    For each length k up to half a row: documents longer than `max_length - k` share with none that is k or longer, and
+    those over half a row share with none of each other; the rest of k or more fill what these leave, then rows of
+    their own. No length may be 0 or over `max_length`.
+    """
+    if len(lengths) == 0:
+        return 0
+    num = np.bincount(lengths, minlength=max_length + 1).astype(np.int64)
+    # from_[k]: over the lengths k and up
+    num_from = np.cumsum(num[::-1])[::-1]
+    sum_from = np.cumsum((num * np.arange(len(num)))[::-1])[::-1]
+    half = max_length // 2
+    ks = np.arange(1, half + 1)
+    alone, over_half = num_from[max_length - ks + 1], num_from[half + 1]
+    left = (over_half - alone) * max_length - (sum_from[half + 1] - sum_from[max_length - ks + 1])
+    rest = sum_from[ks] - sum_from[half + 1]
+    more = np.maximum(0, -(-(rest - left) // max_length))
+    return int(max(over_half, -(-sum_from[0] // max_length), (over_half + more).max(initial=0)))
+
+
 def _best_fit(lengths: Ints, max_length: int) -> tuple[Ints, int]:
     """The row of each document, and the number of rows.
 

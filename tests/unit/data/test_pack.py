@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.data.pack import one_each, pack
+from dtrain.data.pack import fewest_rows, one_each, pack
 
 
 def rows(lengths, max_length):
@@ -42,6 +42,40 @@ def test_no_document_is_lost_or_doubled_and_no_row_is_too_long(lengths):
     assert [each[0] for each in packed] == sorted(each[0] for each in packed)
     assert packed == rows(lengths, 40)
     assert len(packed) == place_one_by_one(lengths, 40)
+
+
+def fewest_by_trial(lengths, max_length):
+    """The fewest rows that hold these documents, by trying every way."""
+    best = len(lengths)
+
+    def place(i, rooms):
+        nonlocal best
+        if len(rooms) >= best:
+            return
+        if i == len(lengths):
+            best = len(rooms)
+            return
+        for k in range(len(rooms)):
+            if rooms[k] >= lengths[i]:
+                place(i + 1, [*rooms[:k], rooms[k] - lengths[i], *rooms[k + 1 :]])
+        place(i + 1, [*rooms, max_length - lengths[i]])
+
+    place(0, [])
+    return best
+
+
+@given(st.lists(st.integers(1, 12), max_size=7), st.integers(12, 15))
+def test_no_packing_takes_fewer_rows_than_the_bound(lengths, max_length):
+    bound = fewest_rows(np.array(lengths, np.int64), max_length)
+    assert -(-sum(lengths) // max_length) <= bound <= fewest_by_trial(lengths, max_length)
+
+
+def test_the_bound_where_long_documents_share_no_row():
+    assert fewest_rows(np.array([6, 6, 6, 6]), 10) == 4
+    # 3s go beside 6s, one each; the fifth and sixth need a row of their own.
+    assert fewest_rows(np.array([6, 6, 6, 6, 3, 3, 3, 3, 3, 3]), 10) == 5
+    # 9s leave no room for a 2, so that the 2s need rows beside the 6.
+    assert fewest_rows(np.array([9, 9, 9, 6, 2, 2, 2]), 10) == 5
 
 
 def test_a_real_mix_is_packed_tightly():
