@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= demo-$(shell date +%Y%m%d-%H%M%S)
+# Files of tests that run side by side.
+JOBS   ?= 2
 # Tests start many processes of one thread each.
 export OMP_NUM_THREADS ?= 1
 
@@ -35,11 +37,16 @@ lint: install    ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What is timed, stopped and killed runs by itself, or the clock would measure its neighbours.
+ALONE := tests/ranks tests/faults tests/cluster tests/gpu
 test: install    ## every test, multi-rank ones included
-	$(BIN)/python -m pytest
+	@failed=0; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ALONE:%=--ignore %) tests || failed=1; \
+	$(BIN)/python -m pytest $(ALONE) || failed=1; \
+	exit $$failed
 
 test-fast: install  ## under two minutes: no processes but a few
-	$(BIN)/python -m pytest tests/unit -m 'not slow' -x
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/unit -m 'not slow' -x
 
 matrix: install  ## checkpoints of every strategy and number of ranks, gone on from under every other; an hour
 	DTRAIN_MATRIX=whole $(BIN)/python -m pytest tests/contract/test_resume.py

@@ -29,7 +29,7 @@ from report import cores, load, machine, table, today, versions, write_section
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 32_000
-LENGTHS = (512, 1024, 2048)
+LENGTHS = (512, 1024, 2048, 4096)
 BATCH = 1000
 """Texts that the bare tokenizer gets at a time."""
 BUSY = 0.5
@@ -195,10 +195,6 @@ def prepare_file(
 
 def filling(work: Path, assets: Path) -> str:
     """How full the rows of the real files are."""
-    import numpy as np
-
-    from dtrain.data.pack import fewest_rows
-
     if SHARED.is_dir():
         files = sorted(path for path in SHARED.iterdir() if path.suffix in (".json", ".jsonl", ".txt", ".csv"))
     else:
@@ -208,11 +204,9 @@ def filling(work: Path, assets: Path) -> str:
         row = [path.name]
         for length in LENGTHS:
             prepared = prepare_file(path, assets, work / "cache", max_length=length)
-            store = prepared.rows("train.arrow")
-            documents = np.concatenate([store.row(i).lengths for i in range(len(store))])
-            fewest = fewest_rows(documents, length)
-            row.append(f"{prepared.fill:.1%} of {prepared.num_rows:,} ({prepared.num_tokens / fewest / length:.1%})")
-            for i, num in enumerate((prepared.num_tokens, prepared.num_rows * length, fewest * length)):
+            row.append(f"{prepared.fill:.1%} of {prepared.num_rows:,} ({prepared.most_fill:.1%})")
+            room, fewest = prepared.num_rows * length, prepared.num_tokens / prepared.most_fill
+            for i, num in enumerate((prepared.num_tokens, room, fewest)):
                 sums[length][i] += num
         print("  ".join(row), flush=True)
         rows.append(row)
@@ -220,8 +214,8 @@ def filling(work: Path, assets: Path) -> str:
     shutil.rmtree(work / "cache")
     return "\n".join([
         "Packing: how much of the rows is tokens, of how many rows, and in brackets what no packing of these documents "
-        "is above (the bound L2 of Martello and Toth, 1990): two documents of more than half a row share none. The "
-        "last row of a file is seldom full, which shows where there are few.",
+        "is above (`dtrain.data.pack.fewest_rows`): two documents of more than half a row share none, three of more "
+        "than a third neither. The last row of a file is seldom full, which shows where there are few.",
         "",
         table(["file", *(f"rows of {length:,}" for length in LENGTHS)], rows),
     ])  # fmt: skip

@@ -23,7 +23,7 @@ from dtrain.config.spec import DatasetSpec, ObjectiveSpec, OnLong
 from dtrain.data.counts import Counts
 from dtrain.data.documents import Documents
 from dtrain.data.encode import Encoder, Limit, encode_all
-from dtrain.data.pack import one_each, pack
+from dtrain.data.pack import fewest_rows, one_each, pack
 from dtrain.data.prepared import FILES, META
 from dtrain.data.rows import Row
 from dtrain.data.store import write_rows
@@ -62,7 +62,8 @@ def build(
         held = hold_out(documents.shares, parts["eval.fraction"])
         writer = _Writer(documents, dataset.max_length, packing=dataset.packing, tell=tell)
         num_rows = [writer.write(folder / name, chosen) for name, chosen in zip(FILES, (~held, held), strict=True)]
-        num_tokens = int(documents.lengths[~held].sum(dtype=np.int64))
+        mine = documents.lengths[~held]
+        num_tokens, fewest = int(mine.sum(dtype=np.int64)), fewest_rows(mine, dataset.max_length)
         num_documents = len(documents)
     prepared = {
         "pad_id": tokenizer.pad_id,
@@ -73,6 +74,7 @@ def build(
         "num_eval_rows": num_rows[1],
         "num_documents": num_documents,
         "fill": num_tokens / (num_rows[0] * dataset.max_length),
+        "most_fill": num_tokens / (fewest * dataset.max_length),
         "counts": counts.reasons,
         "by_source": counts.sources,
         "first": counts.places,

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dtrain.config.spec import DatasetSpec, ObjectiveSpec, Parts
+from dtrain.config.spec import DatasetSpec, ObjectiveSpec
 from dtrain.data.build import encoder_of, held_below, nothing_left, peek, settled_by, write_meta
 from dtrain.data.counts import Counts
 from dtrain.data.encode import Encoder, share
-from dtrain.data.prepared import FILES, Facts, Prepared, Source
+from dtrain.data.prepared import FILES, Facts, Prepared
 from dtrain.data.rows import Row
 from dtrain.data.store import write_rows
 from dtrain.data.stream import WINDOW_CHARS, Place, Shards, rows_of
@@ -101,37 +101,10 @@ def beginning(dataset: DatasetSpec) -> Iterator[Example]:
                 break
 
 
-def mix(made: Mapping[str, Prepared], parts: Parts, max_length: int) -> dict[str, Any]:
-    """What `Prepared` says of a mixture of streams, out of what it says of each."""
-    counts = Counts()
-    for name, one in made.items():
-        counts.update(Counts(one.counts, {name: one.counts}, one.first))
-    rates = {name: parts.weights[name] * one.num_rows / one.num_tokens for name, one in made.items()}
-    sources = [Source(name=name, dir=one.dir.name, weight=parts.weights[name], rate=rates[name], num_rows=one.num_rows,
-                      num_tokens=one.num_tokens, num_epoch_rows=one.num_rows)
-               for name, one in made.items()]  # fmt: skip
-    num_rows, num_tokens = (sum(getattr(one, name) for one in made.values()) for name in ("num_rows", "num_tokens"))
-    said = [[name, one.digest, rates[name]] for name, one in made.items()]
-    return {
-        "pad_id": next(iter(made.values())).pad_id,
-        "max_length": max_length,
-        "num_rows": num_rows,
-        "num_tokens": num_tokens,
-        "num_targets": sum(one.num_targets for one in made.values()),
-        "num_eval_rows": sum(one.num_eval_rows for one in made.values()),
-        "num_documents": sum(one.num_documents for one in made.values()),
-        "fill": num_tokens / (num_rows * max_length),
-        "counts": counts.reasons,
-        "by_source": counts.sources,
-        "first": counts.places,
-        "notes": list(dict.fromkeys(note for one in made.values() for note in one.notes)),
-        "digest": xxhash.xxh3_128_hexdigest(json.dumps(said).encode()),
-        "sources": [dataclasses.asdict(source) for source in sources],
-        "on_dry": parts.on_dry,
-        # An epoch of a mixture has no end that could be counted.
-        "streams": {name: dataclasses.asdict(dataclasses.replace(one.streams["all"], whole=False))
-                    for name, one in made.items()},
-    }  # fmt: skip
+def facts_of(made: Mapping[str, Prepared]) -> dict[str, Any]:
+    """Of each stream of a mixture, whose epoch has no end that could be counted."""
+    return {name: dataclasses.asdict(dataclasses.replace(one.streams["all"], whole=False))
+            for name, one in made.items()}  # fmt: skip
 
 
 def _digest(parts: Mapping[str, Any], shards: int) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+_SHARES = 33
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,16 +58,19 @@ def pack(lengths: Ints, max_length: int) -> Packing:
 
 
 def fewest_rows(lengths: Ints, max_length: int) -> int:
-    """A number of rows below which nothing can pack these documents: Martello and Toth's bound L2 (1990).
+    """A number of rows below which nothing can pack these documents. No length may be 0 or over `max_length`.
 
-    For each length k up to half a row: documents longer than `max_length - k` share with none that is k or longer, and
-    those over half a row share with none of each other; the rest of k or more fill what these leave, then rows of
-    their own. No length may be 0 or over `max_length`.
+    The larger of two bounds. Martello and Toth's L2 (1990), for each length k up to half a row: documents longer than
+    `max_length - k` share with none that is k or longer, and those over half a row share with none of each other; the
+    rest of k or more fill what these leave, then rows of their own. Fekete and Schepers' (2001), for each k: of
+    documents longer than a (k + 1)th of a row no more than k share one.
     """
-    if len(lengths) == 0:
-        return 0
     num = np.bincount(lengths, minlength=max_length + 1).astype(np.int64)
-    # from_[k]: over the lengths k and up
+    return max(_l2(num, max_length), *(_by_shares(num, max_length, k) for k in range(1, _SHARES)))
+
+
+def _l2(num: Ints, max_length: int) -> int:
+    """`num` [max_length + 1]: of documents, by length."""
     num_from = np.cumsum(num[::-1])[::-1]
     sum_from = np.cumsum((num * np.arange(len(num)))[::-1])[::-1]
     half = max_length // 2
@@ -76,6 +80,14 @@ def fewest_rows(lengths: Ints, max_length: int) -> int:
     rest = sum_from[ks] - sum_from[half + 1]
     more = np.maximum(0, -(-(rest - left) // max_length))
     return int(max(over_half, -(-sum_from[0] // max_length), (over_half + more).max(initial=0)))
+
+
+def _by_shares(num: Ints, max_length: int, k: int) -> int:
+    """A document counts as many kths of a row as it is longer than (k + 1)ths, and as it is where it is so many."""
+    above, rest = np.divmod(np.arange(max_length + 1) * (k + 1), max_length)
+    # In units of a kth of a (k + 1)th, to stay with whole numbers.
+    total = int((num * np.where(rest == 0, above * k, above * (k + 1))).sum())
+    return -(-total // (k * (k + 1)))
 
 
 def _best_fit(lengths: Ints, max_length: int) -> tuple[Ints, int]:

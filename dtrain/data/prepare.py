@@ -125,7 +125,7 @@ class _Job:
     def mixture(self, dataset: DatasetSpec, parts: Parts) -> Prepared:
         """Of each of its datasets by itself, and a folder that names them all."""
         from dtrain.data.build import write_meta
-        from dtrain.data.head import mix
+        from dtrain.data.head import facts_of
 
         made: dict[str, Prepared] = {}
         for name, one in parts.datasets.items():
@@ -133,10 +133,10 @@ class _Job:
                 made[name] = self.one(one, f"{name}: ")
             except DataError as error:
                 raise DataError(f"dataset.sources.{name}: {error}") from error
+        sources = _sources(made, parts, None if dataset.streaming else self.seed)
+        summed = _summed(made, sources, parts, dataset.max_length)
         if dataset.streaming:
-            summed = {**mix(made, parts, dataset.max_length), "settled": _same_settled(made)}
-        else:
-            summed = _summed(made, _mixed(made, parts, self.seed), parts, dataset.max_length)
+            summed["streams"] = facts_of(made)
         key = {"version": _VERSION, "rows": {name: one.dir.name for name, one in made.items()},
                "weights": dict(parts.weights), "on_dry": parts.on_dry, "run.seed": self.seed}  # fmt: skip
         final = self.cache / f"mixture-{_key(key)}"
@@ -164,20 +164,23 @@ class _Job:
         }
 
 
-def _mixed(made: Mapping[str, Prepared], parts: Parts, seed: int) -> list[Source]:
-    """How many rows of each are taken for what its weight says in tokens. Raises DataError."""
+def _sources(made: Mapping[str, Prepared], parts: Parts, seed: int | None) -> list[Source]:
+    """How many rows of each are taken for what its weight says in tokens; of streams, which have no `seed`, an epoch
+    is as long as what was looked at. Raises DataError.
+    """
     from dtrain.data.order import Mixed
 
     rates = {name: parts.weights[name] * one.num_rows / one.num_tokens for name, one in made.items()}
-    order = Mixed(seed, [one.num_rows for one in made.values()], list(rates.values()), parts.on_dry)
-    for (name, one), num in zip(made.items(), order.counts, strict=True):
+    num_rows = [one.num_rows for one in made.values()]
+    counts = num_rows if seed is None else Mixed(seed, num_rows, list(rates.values()), parts.on_dry).counts
+    for (name, one), num in zip(made.items(), counts, strict=True):
         if not num:
             raise DataError(f"dataset.sources.{name}: with dataset.on_dry={parts.on_dry} none of its {one.num_rows:,} "
                             f"rows would ever be seen: another source is seen whole before; use on_dry=repeat or drop, "
                             f"or another weight")  # fmt: skip
     return [Source(name=name, dir=one.dir.name, weight=parts.weights[name], rate=rates[name], num_rows=one.num_rows,
                    num_tokens=one.num_tokens, num_epoch_rows=num)
-            for (name, one), num in zip(made.items(), order.counts, strict=True)]  # fmt: skip
+            for (name, one), num in zip(made.items(), counts, strict=True)]  # fmt: skip
 
 
 def _summed(made: Mapping[str, Prepared], sources: list[Source], parts: Parts, max_length: int) -> dict[str, Any]:
@@ -289,7 +292,9 @@ def _what_changed(parts: Mapping[str, Any], cache: Path, kind: str) -> str:
         for meta in metas[:_COMPARED]:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged
                 before = json.loads(meta.read_bytes())["parts"]
-                changed = [_change(name, before.get(name), now[name]) for name in now if before.get(name) != now[name]]
+                # What only the one kind of dataset or objective has is said by the change of kind.
+                both = [name for name in now if name in before]
+                changed = [_change(name, before[name], now[name]) for name in both if before[name] != now[name]]
                 nearest = changed if nearest is None or len(changed) < len(nearest) else nearest
     if nearest is None:
         return "nothing is prepared yet"
@@ -297,4 +302,7 @@ def _what_changed(parts: Mapping[str, Any], cache: Path, kind: str) -> str:
 
 
 def _change(name: str, before: Any, now: Any) -> str:
+    if name in ("dataset", "objective"):
+        was, is_ = (str(kind).rpartition(".")[2] for kind in (before, now))
+        return f"{name} was {was}, is {is_}"
     return f"{name} was {before}, is {now}" if "." in name else f"{name} changed"

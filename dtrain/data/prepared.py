@@ -98,6 +98,8 @@ class Prepared:
     """What a user should know of how they were read: the chat template, and what of a row is learned."""
     digest: str
     """Of the rows themselves: equal where training would see the same, wherever the files lay."""
+    most_fill: float | None = None
+    """What no packing of these documents is above; None where that was not worked out."""
     settled: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the objective whose values were found in the data."""
     sources: tuple[Source, ...] = ()
@@ -119,7 +121,8 @@ class Prepared:
             return [*self.notes, *self._of_streams(), *documents]
         if self.sources:
             return [*self.notes, *self._of_mixture(), *documents]
-        first = (f"data: {self.num_rows:,} rows of up to {self.max_length:,} tokens, {self.fill:.1%} full; "
+        most = "" if self.most_fill is None else f" (at best {self.most_fill:.1%})"
+        first = (f"data: {self.num_rows:,} rows of up to {self.max_length:,} tokens, {self.fill:.1%} full{most}; "
                  f"{self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
                  f"{self.num_eval_rows:,} rows held out")  # fmt: skip
         return [*self.notes, first, *documents]

@@ -64,13 +64,6 @@ class Stats:
         return self.train.num_tokens / (self.train.num * self.max_length)
 
     @property
-    def best_fill(self) -> float:
-        """What no packing of these documents is above."""
-        from dtrain.data.pack import fewest_rows
-
-        return self.train.num_tokens / (fewest_rows(self.train.lengths, self.max_length) * self.max_length)
-
-    @property
     def num_examples(self) -> int:
         """Those that were read."""
         return self.reasons.get(_READ, 0)
@@ -136,7 +129,6 @@ def as_dict(stats: Stats, notes: Iterable[str]) -> dict[str, Any]:
         "train": _fields(stats.train),
         "eval": _fields(stats.held_out),
         "fill": stats.fill,
-        "best_fill": stats.best_fill,
         "max_length": stats.max_length,
         "examples": dict(stats.reasons),
         "examples_by_source": {source: dict(reasons) for source, reasons in stats.by_source.items()},
@@ -172,8 +164,7 @@ def text(stats: Stats) -> list[str]:
                       f"count)"),
         ("tokens", f"{train.num_tokens:,} to train on, {held_out.num_tokens:,} held out"),
         ("trained", share(train.num_targets, train.num_tokens, "tokens")),
-        ("fill", f"{stats.fill:.2%} of rows of {stats.max_length:,} tokens; packed, these documents fill at most "
-                 f"{stats.best_fill:.2%}"),
+        ("fill", f"{stats.fill:.2%} of rows of {stats.max_length:,} tokens"),
         ("examples", ", ".join(f"{num:,} {reason}" for reason, num in stats.reasons.items())),
         ("duplicates", f"{share(train.num_duplicates, len(train.lengths), 'documents')} repeat one before"),
         ("overlap", f"{share(stats.num_overlap, len(held_out.lengths), 'documents held out')} are trained on too"),

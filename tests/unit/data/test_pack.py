@@ -76,6 +76,8 @@ def test_the_bound_where_long_documents_share_no_row():
     assert fewest_rows(np.array([6, 6, 6, 6, 3, 3, 3, 3, 3, 3]), 10) == 5
     # 9s leave no room for a 2, so that the 2s need rows beside the 6.
     assert fewest_rows(np.array([9, 9, 9, 6, 2, 2, 2]), 10) == 5
+    # Of those over a third of a row no more than two share one.
+    assert fewest_rows(np.array([4, 4, 4, 4, 4, 4]), 10) == 3
 
 
 def test_a_real_mix_is_packed_tightly():

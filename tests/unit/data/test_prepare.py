@@ -16,6 +16,7 @@ from dtrain.data.store import RowStore
 from dtrain.data.tokenizer import TextTokenizer
 from dtrain.datasets.base import Text
 from dtrain.datasets.files import Files
+from dtrain.datasets.stdlib import Stdlib
 from dtrain.errors import DataError
 from dtrain.objectives.auto import Auto
 from dtrain.objectives.pretrain import Pretrain
@@ -169,7 +170,7 @@ def test_what_changes_the_rows_makes_them_anew(tmp_path):
         ({"packing": False}, "dataset.packing was True, is False"),
         ({"eval_fraction": 0.5}, "eval.fraction was 0.0, is 0.5"),
         ({"seed": 1}, "run.seed was 0, is 1"),
-        ({"objective": Pretrain()}, "objective changed"),
+        ({"objective": Pretrain()}, "objective was Auto, is Pretrain"),
     ):
         dirs.append(make(path, cache, said, **values).dir)
         assert reason in said[-1]
@@ -180,6 +181,16 @@ def test_what_changes_the_rows_makes_them_anew(tmp_path):
     dirs.append(make(path, cache, said).dir)
     assert said[-1].endswith("tokenizer changed")
     assert len(set(dirs)) == len(dirs)
+
+
+def test_another_kind_of_dataset_is_told_without_what_only_the_one_has(tmp_path):
+    cache, said = tmp_path / "cache", []
+    make(write(tmp_path / "a.jsonl", texts(9)), cache)
+    prepare(Stdlib(max_files=5), Auto(), FakeModel(), Jinja(), eval_fraction=0.0, seed=0, cache=cache, say=said.append)
+    reason = next(line for line in said if "preparing" in line)
+    assert "dataset was Files, is Stdlib" in reason
+    assert "dataset.max_length was 64, is 256" in reason
+    assert "None" not in reason
 
 
 def test_the_digest_is_of_the_rows(tmp_path):
