@@ -25,7 +25,7 @@ from dtrain.errors import DataError
 from dtrain.folders import discard, remove_leftovers, whole_folder
 from dtrain.models.outputs import with_outputs
 
-_VERSION = 4
+_VERSION = 5
 """Of the files in a folder of prepared data; another version is never read, but made anew."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _OF_STREAMS = ("streaming", "stream_shards", "stream_buffer")

@@ -1,9 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.data.pack import fewest_rows, one_each, pack
+from dtrain.data.pack import _best_sums, _nearest_sum, fewest_rows, one_each, pack
 
 
 def rows(lengths, max_length):
@@ -41,7 +43,34 @@ def test_no_document_is_lost_or_doubled_and_no_row_is_too_long(lengths):
     assert all(sum(lengths[i] for i in each) <= 40 for each in packed)
     assert [each[0] for each in packed] == sorted(each[0] for each in packed)
     assert packed == rows(lengths, 40)
-    assert len(packed) == place_one_by_one(lengths, 40)
+    assert len(packed) <= place_one_by_one(lengths, 40)
+
+
+def test_where_the_best_fit_leaves_much_rows_are_summed():
+    # Longest first: 8 and 8, then three 6s a row, leave 4 and 2 of 20; the best is two of 6 with an 8.
+    lengths = [8, 8, 8, 8, 6, 6, 6, 6, 6, 6, 6, 6]
+    assert place_one_by_one(lengths, 20) == 5
+    assert len(rows(lengths, 20)) == 4
+    third = np.random.default_rng(0).normal(640, 110, 7_000).clip(170, 2048).astype(np.int64)
+    assert third.sum() / (place_one_by_one(third.tolist(), 2048) * 2048) < 0.96
+    assert third.sum() / (len(pack(third, 2048)) * 2048) > 0.98
+
+
+@given(st.lists(st.integers(1, 12), max_size=7), st.integers(12, 15))
+def test_sums_lose_and_double_nothing(lengths, max_length):
+    row_of, num_rows = _best_sums(np.array(lengths, np.int64), max_length) if lengths else (np.empty(0), 0)
+    held = [sum(length for length, row in zip(lengths, row_of, strict=True) if row == k) for k in range(num_rows)]
+    assert all(0 < total <= max_length for total in held)
+    assert sum(held) == sum(lengths)
+
+
+@given(st.lists(st.integers(1, 30), max_size=9), st.integers(1, 60))
+def test_the_nearest_sum(lengths, room):
+    counts = {length: lengths.count(length) for length in lengths}
+    found = _nearest_sum(counts, room)
+    assert all(num <= counts[length] for length, num in found.items())
+    sums = {sum(some) for num in range(len(lengths) + 1) for some in itertools.combinations(lengths, num)}
+    assert sum(length * num for length, num in found.items()) == max(one for one in sums if one <= room)
 
 
 def fewest_by_trial(lengths, max_length):
