@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def pack(lengths: Ints, max_length: int) -> Packing:
     return _by_first_document(row_of, num_rows)
 
 
-def fewest_rows(lengths: Ints, max_length: int) -> int:
+def fewest_rows(lengths: NDArray[np.signedinteger[Any]], max_length: int) -> int:
     """A number of rows below which nothing can pack these documents. No length may be 0 or over `max_length`.
 
     The larger of two bounds. Martello and Toth's L2 (1990), for each length k up to half a row: documents longer than
