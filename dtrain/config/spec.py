@@ -455,6 +455,12 @@ class LauncherSpec(AbstractSpec):
         """How often, and after what, a run that failed is to be started or queued again."""
         return Restarts()
 
+    def everywhere(self, argv: Sequence[str]) -> Sequence[str] | None:
+        """What runs `python -m dtrain <argv>` once on each machine, and prints what all of them print; None where there
+        is no way to others. Raises ConfigError.
+        """
+        return None
+
     def job(self, run_dir: Path, launch: Sequence[str]) -> Job | None:
         """What to hand to a scheduler, which is to type `python -m dtrain <launch>` on each machine; None where the
         processes are started here and now. Raises ConfigError.

@@ -9,7 +9,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,8 @@ def _speed(here: Path, folder: Path) -> Finding:
     text = f"writes {mb_s:,.0f} MB/s, a small file in {1000 * small_s:.1f} ms"
     if mb_s < SLOW_MB_S or small_s > SLOW_SMALL_S:
         return Finding("speed", "warn", text, f"a 7B model's save is 84 GB, {84e3 / mb_s / 60:.0f} min there; "
-                       f"a faster disk for run.dir, or fewer saves")  # fmt: skip
-    return Finding("speed", "ok", text)
+                       f"a faster disk for run.dir, or fewer saves", {"writes, MB/s": mb_s})  # fmt: skip
+    return Finding("speed", "ok", text, figures={"writes, MB/s": mb_s})
 
 
 def _semantics(here: Path, folder: Path) -> Finding:
@@ -229,10 +229,12 @@ def ranks(place: Place) -> Iterator[Finding]:
     yield between([("127.0.0.1", rank, rank) for rank in range(place.procs)], place.procs, free_port())
 
 
-def between(mine: list[tuple[str, int, int]], size: int, port: int, timeout_s: float = 120.0) -> Finding:
+def between(mine: list[tuple[str, int, int]], size: int, port: int, timeout_s: float = 120.0,
+            nodes: Sequence[str] = ()) -> Finding:  # fmt: skip
     """What the processes of this machine come to that sum up with all `size`: each of `mine` is the machine where they
-    meet, a rank, and the rank within the machine.
+    meet, a rank, and the rank within the machine. `nodes`: of each rank, where there are several machines.
     """
+    on = [f" on {node}" for node in nodes] or [""] * size
     envs = [{"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(size), "MASTER_ADDR": host,
              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"} for host, rank, local in mine]  # fmt: skip
     if size == 1:
@@ -242,16 +244,17 @@ def between(mine: list[tuple[str, int, int]], size: int, port: int, timeout_s: f
     if bad:
         rank, first = bad[0]
         apart = "a firewall is between the ranks, or GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME should name the network"
-        return Finding("ranks", "fail", f"rank {rank} of {size}: {first.why}", first.hint or apart)
+        return Finding("ranks", "fail", f"rank {rank} of {size}{on[rank]}: {first.why}", first.hint or apart)
     values: list[dict[str, Any]] = [one.value for one in said if one.value is not None]
     slowest = min(value["gb_per_s"] for value in values)
     text = f"{size} processes sum up {slowest:.2f} GB/s over {values[0]['backend']}"
     took = values[0]["compute_ms"]
     late = max(range(size), key=lambda rank: took[rank])
-    if took[late] > SLOW_RANK * sorted(took)[(size - 1) // 2]:
-        return Finding("ranks", "warn", f"{text}; rank {late} takes {took[late]:.1f} ms for what the others do in "
-                       f"{sorted(took)[(size - 1) // 2]:.1f}", "all wait for it: look at its clocks and temperature "
-                       "(nvidia-smi -q), and at what else runs there")  # fmt: skip
+    usual = sorted(took)[(size - 1) // 2]
+    if took[late] > SLOW_RANK * usual:
+        return Finding("ranks", "warn", f"{text}; rank {late}{on[late]} takes {took[late]:.1f} ms for what the others "
+                       f"do in {usual:.1f}", "all wait for it: look at its clocks and temperature (nvidia-smi -q), and "
+                       "at what else runs there")  # fmt: skip
     return Finding("ranks", "ok", text)
 
 

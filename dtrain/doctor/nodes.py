@@ -31,11 +31,23 @@ class Team:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
     host: str
+    """By which it is reached."""
     token: str
     procs: int
     port: int
     ahead_s: float
     """Of the clock that stamps the folder's files."""
+    name: str = ""
+    """By which it is told of; `host` where it has no other."""
+
+    @property
+    def called(self) -> str:
+        return self.name or self.host
+
+
+def node_name() -> str:
+    """What this machine is called: by Slurm, where it is in a job, else by itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def meeting(nodes: int | None, folder: Path) -> Team | None:
@@ -57,11 +69,12 @@ def found_with_others(team: Team, place: Place, come_s: float = COME_S) -> Itera
     token = secrets.token_hex(8)
     mine = team.folder / f"{token}.json"
     mine.touch()
-    me = Member(socket.gethostname(), token, place.procs, free_port(), time.time() - mine.stat().st_mtime)
+    me = Member(socket.gethostname(), token, place.procs, free_port(), time.time() - mine.stat().st_mtime,
+                node_name())  # fmt: skip
     write_json(mine, dataclasses.asdict(me))
     try:
         members = _all(team, mine, come_s)
-        hosts = ", ".join(member.host for member in members)
+        hosts = ", ".join(member.called for member in members)
         if len(members) < team.nodes:
             came = f"{len(members)} of {team.nodes} machines came within {come_s:.0f} s: {hosts}"
             yield Finding("nodes", "fail", came, f"the others are down, or do not see {team.folder.parent}")
@@ -75,7 +88,8 @@ def found_with_others(team: Team, place: Place, come_s: float = COME_S) -> Itera
         first = sum(member.procs for member in members[: members.index(me)])
         size = sum(member.procs for member in members)
         meet = "127.0.0.1" if len({member.host for member in members}) == 1 else members[0].host
-        yield between([(meet, first + local, local) for local in range(me.procs)], size, members[0].port)
+        yield between([(meet, first + local, local) for local in range(me.procs)], size, members[0].port,
+                      nodes=[member.called for member in members for _ in range(member.procs)])  # fmt: skip
     finally:
         mine.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others are still there
@@ -94,7 +108,7 @@ def _all(team: Team, mine: Path, come_s: float) -> list[Member]:
                 if said is not None and now - path.stat().st_mtime < FRESH_S:
                     found.append(Member(**said))
         if len(found) >= team.nodes or time.monotonic() > deadline:
-            return sorted(found, key=lambda member: (member.host, member.token))[: team.nodes]
+            return sorted(found, key=lambda member: (member.host, member.name, member.token))[: team.nodes]
         time.sleep(LOOK_S)
 
 
@@ -106,5 +120,5 @@ def _clocks(members: Sequence[Member]) -> Finding:
         return Finding("clocks", "ok", text)
     middle = ahead[len(ahead) // 2].ahead_s
     odd = max(members, key=lambda member: abs(member.ahead_s - middle))
-    return Finding("clocks", "warn", f"{odd.host} is {odd.ahead_s - middle:+.1f} s off",
+    return Finding("clocks", "warn", f"{odd.called} is {odd.ahead_s - middle:+.1f} s off",
                    "set its clock (chrony, ntp): logs are hard to compare")  # fmt: skip

@@ -126,6 +126,24 @@ class Slurm(LauncherSpec):
     def restarts(self) -> Restarts:
         return Restarts(self.max_restarts)
 
+    def everywhere(self, argv: Sequence[str]) -> Sequence[str]:
+        nodes = int(os.environ["SLURM_JOB_NUM_NODES"]) if self._allocated(os.environ) else self.nodes
+        asked = [("partition", self.partition), ("account", self.account), ("qos", self.qos), ("time", self.time),
+                 ("constraint", self.constraint), ("mem", self.mem), ("gpus-per-node", self.gpus_per_node or None),
+                 ("cpus-per-task", self.cpus_per_task)]  # fmt: skip
+        inside: list[str] = []
+        options = [f"--{key}={value}" for key, value in asked if value is not None]
+        if self.container and self.container_by == "pyxis":
+            mounts = [f"--container-mounts={','.join(self.mounts)}"] if self.mounts else []
+            options += [f"--container-image={self.container}", *mounts]
+        elif self.container:
+            gpus = ["--nv"] if self.gpus_per_node else []
+            inside = ["apptainer", "exec", *gpus, *(word for one in self.mounts for word in ("--bind", one)),
+                      self.container]  # fmt: skip
+        python = self.python or ("python3" if self.container else sys.executable)
+        return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0",
+                "--wait=0", *options, *self.options, *inside, python, "-u", "-m", "dtrain", *argv]  # fmt: skip
+
     def job(self, run_dir: Path, launch: Sequence[str]) -> Job | None:
         if _on_node(os.environ):
             return None

@@ -167,14 +167,17 @@ def test_in_an_allocation_the_tasks_are_started_there(cluster: dict[str, str], f
     assert len(rows(RunDir(folder / "runs" / "now"))) == 4
 
 
-def test_the_doctor_on_every_node_of_a_step(cluster: dict[str, str], folder: Path) -> None:
-    argv = ["srun", "--nodes=2", "--ntasks-per-node=1", "--label", sys.executable, "-m", "dtrain", "doctor", "--dir", "shared",
-            "--only", "ranks", "--procs", "1"]  # fmt: skip
-    env = {**os.environ, **cluster, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120,
-                         stdin=subprocess.DEVNULL)  # fmt: skip
+def test_the_doctor_on_every_node(cluster: dict[str, str], folder: Path) -> None:
+    asked = ["doctor", "--launcher", "slurm", "--dir", "shared", "--only", "limits,ranks", "--procs", "1"]
+    ran = dtrain(folder, *asked, "launcher.nodes=2", env=cluster)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    found = [line.split()[:3] for line in ran.stdout.splitlines()]
-    for node in ("0:", "1:"):
-        assert [one[2] for one in found if one[0] == node] == ["nodes", "clocks", "ranks"]
-    assert ran.stdout.count("2 processes sum up") == 2
+    found = [line.split()[1:3] for line in ran.stdout.splitlines()]
+    assert [one[0] for one in found] == ["n1", "n2", "nodes", "clocks", "ranks"], (
+        "a line of each, and what they found together"
+    )
+    assert "n1, n2 see one " in ran.stdout
+    assert "2 processes sum up" in ran.stdout
+    nowhere = dtrain(folder, *asked, "launcher.partition=none", env=cluster)
+    assert nowhere.returncode == 2
+    assert "invalid partition" in nowhere.stderr
+    assert "srun: exit code 1, and no node answered" in nowhere.stderr
