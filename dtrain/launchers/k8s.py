@@ -32,6 +32,8 @@ _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|[KMGTPE]i?)?")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]*(@sha256:[0-9a-f]{64})?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FROM = re.compile(rf"{_VARIABLE.pattern}={_DOMAIN.pattern}/[A-Za-z0-9_.-]+")
+_ASKED = {"image": "name the one that the pods run, as in launcher.image=example.org/dtrain:1",
+          "claim": "name a PersistentVolumeClaim that all nodes can write to, as in launcher.claim=runs"}  # fmt: skip
 _TOLERATION = {"key", "operator", "value", "effect", "tolerationSeconds"}
 
 
@@ -113,8 +115,9 @@ class K8s(LauncherSpec):
             (("image",), _IMAGE, "an image, as registry/name:tag or name@sha256:..."),
             (("gpu",), _KEY, "a resource, as nvidia.com/gpu"),
         ]
-        found = [f"launcher.{key}={value!r}: not {what}" for keys, form, what in forms for key in keys
-                 if (value := getattr(self, key)) is not None and not form.fullmatch(value)]  # fmt: skip
+        found = [f"launcher.{key}: not given; {how}" for key, how in _ASKED.items() if getattr(self, key) == "???"]
+        found += [f"launcher.{key}={value!r}: not {what}" for keys, form, what in forms for key in keys
+                  if (value := getattr(self, key)) not in (None, "???") and not form.fullmatch(value)]  # fmt: skip
         if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.mount):
             found.append(f"launcher.mount={self.mount!r}: not a folder as /work")
         found += [f"launcher.pull_with: {one!r}: not the name of a secret"

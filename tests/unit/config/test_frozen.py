@@ -17,6 +17,7 @@ NEEDED = {
     "dataset=hub": ["dataset.name=somebody/something"],
     "dataset=mixture": ["dataset.sources={a:{dataset:stdlib}}"],
     "dataset=python": ["dataset.function=tests.rows:train", "plugins=[tests]"],
+    "launcher=k8s": ["launcher.image=example.org/dtrain:1", "launcher.claim=runs"],
     "model=hf": ["model.path=someone/something"],
 }
 CHOICES = [f"{group}={name}" for group, names in choices().items() for name in names]

@@ -97,9 +97,9 @@ def test_what_no_number_may_be(path: str, typed: str, key: str) -> None:
 
 ZERO = {"run.seed", "train.grad_clip", "eval.every_steps", "eval.fraction", "checkpoint.every_steps", "optim.weight_decay",
         "dataset.max_bad_fraction", "launcher.gpus_per_node", "launcher.max_restarts", "launcher.restart_wait_s",
-        "schedule.warmup_steps", "schedule.min_factor", "schedule.decay_fraction", "strategy.prefetch_bucket_size",
-        "strategy.param_persistence_threshold", "strategy.max_reuse_distance", "tuning.dropout",
-        "objective.label_smoothing", "objective.gamma"}  # fmt: skip
+        "launcher.last_call_s", "schedule.warmup_steps", "schedule.min_factor", "schedule.decay_fraction",
+        "strategy.prefetch_bucket_size", "strategy.param_persistence_threshold", "strategy.max_reuse_distance",
+        "tuning.dropout", "objective.label_smoothing", "objective.gamma"}  # fmt: skip
 """Keys for which 0 means something."""
 
 

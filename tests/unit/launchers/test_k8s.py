@@ -243,6 +243,11 @@ def test_what_kubernetes_would_refuse_is_refused_before(values: dict[str, Any], 
     assert [problem for problem in k8s(**values).problems() if says in problem]
 
 
+def test_what_is_to_be_filled_in_is_said_once() -> None:
+    said = k8s(image="???", claim="???").problems()
+    assert [line.split(";")[0] for line in said] == ["launcher.image: not given", "launcher.claim: not given"]
+
+
 KUBECTL = """\
 #!/bin/sh
 printf '%s\\0' "$@" >"$KUBECTL_GOT"
