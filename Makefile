@@ -48,8 +48,8 @@ test: install    ## every test, multi-rank ones included
 test-fast: install  ## under two minutes: no processes but a few
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/unit -m 'not slow' -x
 
-matrix: install  ## checkpoints of every strategy and number of ranks, gone on from under every other; an hour
-	DTRAIN_MATRIX=whole $(BIN)/python -m pytest tests/contract/test_resume.py
+matrix: install  ## every strategy and tuning, on every number of ranks, gone on from under every other; over an hour
+	DTRAIN_MATRIX=whole $(BIN)/python -m pytest tests/contract/test_resume.py tests/contract/test_cells.py
 
 check: lint test ## all that a change must pass
 

@@ -62,6 +62,8 @@ def read_tuned(folder: Path, of: Manifest, bundle: ModelBundle, *, merge: bool) 
     if adapter is not None and not merge:
         tensors = _closing(adapter.tensors(learned), reader)
         return Parts((dict(adapter.shapes()), tensors), Adapter(adapter.config, dict(of.base or {})))
+    if adapter is not None and adapter.apart is not None:
+        raise ExportError(f"--merge: {adapter.apart}")
     if adapter is not None:
         return Parts((dict(adapter.merged_shapes()), _closing(adapter.merged(learned), reader)), None)
     name_of = bundle.export_name

@@ -335,6 +335,8 @@ class TuningSpec(AbstractSpec):
 
     lr_scale: ClassVar[float] = 1.0
     """What `optim.lr=auto` is multiplied by."""
+    state_bytes: ClassVar[int] = 0
+    """What it keeps of each trainable parameter beside the optimizer's state."""
 
     @abstractmethod
     def apply(self, bundle: ModelBundle, *, seed: int) -> ModelBundle:
@@ -357,6 +359,10 @@ class TuningSpec(AbstractSpec):
     def divides(self) -> bool:
         """Whether a strategy that divides parameters divides those that are frozen too."""
         return True
+
+    def num_virtual(self) -> int:
+        """Places that it puts before every document, beside the tokens of a row."""
+        return 0
 
     def keeps(self) -> bool:
         """Whether parameters of the model stay as they are: it is then named in every checkpoint, by its content."""
@@ -385,7 +391,12 @@ class OptimSpec(AbstractSpec):
     state_bytes: ClassVar[int]
     """Optimizer state per trainable parameter."""
     state_names: ClassVar[tuple[str, ...]]
-    """The tensors of that state, by the optimizer's own names; besides them only a count of its steps may be kept."""
+    """The tensors of that state, as shards and checkpoints have them in fp32; besides them only a count of its steps
+    may be kept."""
+
+    def misfits(self, strategy: StrategySpec, device: Device) -> list[str]:
+        """Why it cannot be used so, each as `key: value, reason, way out`; none as a rule."""
+        return []
 
     @abstractmethod
     def build(

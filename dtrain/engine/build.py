@@ -64,8 +64,9 @@ class Built:
 
         def manifest(state: State, metrics: dict[str, float]) -> Manifest:
             counters = self.strategy.counters()
-            states = (WEIGHT, *self.config.optim.state_names) if counters["updates"] else (WEIGHT,)
-            parameters = {name: dataclasses.replace(one, states=states) for name, one in self.parameters.items()}
+            parameters = self.parameters
+            if not counters["updates"]:
+                parameters = {name: dataclasses.replace(one, states=(WEIGHT,)) for name, one in parameters.items()}
             return Manifest(
                 step=state.step, progress=state.as_dict(), counters=counters, parameters=parameters, tied=self.tied,
                 metrics=metrics, identity=identity, config=plain, made_by={**made_by, "time": utc()},
@@ -163,8 +164,10 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
             recompute(block)
     named = dict(bundle.module.named_parameters())
     shapes = {name: tuple(param.shape) for name, param in named.items()}
-    optim = Optim(config.optim, config.train.precision, config.train.grad_clip, config.tuning.lr_factor)
-    parameters = {name: Parameter(shape, (WEIGHT, *config.optim.state_names), bundle.export_name(name))
+    optim = Optim(
+        config.optim, config.train.precision, config.train.grad_clip, config.tuning.lr_factor, bundle.alongside
+    )
+    parameters = {name: Parameter(shape, (WEIGHT, *optim.state_names), bundle.export_name(name))
                   for name, shape in shapes.items() if named[name].requires_grad}  # fmt: skip
     if resume is not None:
         _check_fits(resume, parameters)
@@ -201,7 +204,8 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
         rng.load(resume.blobs(file_name(comm.rank)), comm.device)
     unproven = config.train.unmoved == "allow" or config.strategy.unsavable() is not None
     proof = None if unproven else Proof(strategy, comm, list(parameters), config.tuning.moves_first)
-    engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof)
+    engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof,
+                    alongside=bundle.alongside)  # fmt: skip
     tied = _tied(bundle.module, list(parameters))
     return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention)
 

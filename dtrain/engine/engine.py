@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dtrain.data.streaming import Streams
     from dtrain.engine.proof import Proof
     from dtrain.engine.state import Progress
+    from dtrain.models.base import AbstractAlongside
     from dtrain.objectives.base import Before, Loss
     from dtrain.plan.batch import BatchPlan
     from dtrain.strategies.base import AbstractStrategy
@@ -97,10 +98,12 @@ class Engine:
     def __init__(  # noqa: PLR0913 - all that is live comes together here
                  self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
                  rows: tuple[AbstractStore | Streams, AbstractStore], *, state: State | None = None,
-                 begin: Begin = lambda say, at: None, proof: Proof | None = None) -> None:  # fmt: skip
+                 begin: Begin = lambda say, at: None, proof: Proof | None = None,
+                 alongside: AbstractAlongside | None = None) -> None:  # fmt: skip
         """`state`: where to go on from; `begin` is called before the first step, and makes what sees the micro-batches
-        of each before their losses.
+        of each before their losses; `alongside`: what the tuning does besides.
         """
+        self._alongside = alongside
         self._proof, self._moved = proof, state is not None and state.step > 0
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows
@@ -159,9 +162,14 @@ class Engine:
         lr = course.lr * course.schedule.factor(state.step, course.steps)
         drawn = rng.save(self._comm.device) if self._rescue is not NO_RESCUE else {}
         self._rescue.begin(state.step, lambda: self._keep(drawn))
+        alongside = self._alongside
+        if alongside:
+            alongside.begin(state.step + 1, course.steps)
         try:
             result = train_step(batches, self._strategy, self._forward, self._comm, lr=lr, before=self._before,
-                                updating=self._rescue.updating)  # fmt: skip
+                                updating=self._rescue.updating, term=alongside.term if alongside else None)  # fmt: skip
+            if alongside and alongside.after(state.step + 1, course.steps, self._strategy.shards, self._comm):
+                self._strategy.refresh()
         except Exception as error:
             self._rescue.failed(error)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
@@ -81,6 +82,9 @@ class Writer:
         assert say is None or len(prompts) == 1, len(prompts)
         loaded, how = self._loaded, self._how
         width = max(map(len, prompts))
+        if loaded.num_virtual and width > min(map(len, prompts)):
+            # Peft would put them before the padding, further away than from a prompt alone.
+            return [self.write([prompt])[0] for prompt in prompts]
         ids = torch.full((len(prompts), width), loaded.tokenizer.pad_id)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -94,7 +98,8 @@ class Writer:
                                     pad_token_id=loaded.tokenizer.pad_id)  # fmt: skip
         ended = _Ended(loaded, how.stop, width, rooms)
         stream = None if say is None else _Stream(loaded, how.stop, say)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Position ids are not supported")  # there is no padding to tell of
             out = loaded.model.generate(
                 input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([ended]), streamer=stream,

@@ -31,14 +31,24 @@ class Loaded:
     max_positions: int | None
     device: torch.device
     dtype: str
+    num_virtual: int = 0
+    """Places that an adapter puts before a prompt; not of `max_positions`."""
 
     def scored(self) -> nn.Module:
         """The same weights called as in training: without logits, giving the sum of the cross-entropy over targets, or
         the log-probability of each. Raises ModelError.
         """
         from dtrain.models._causal import around
+        from dtrain.tuning._prompts import begin, is_prompt
 
-        return around(self.model) if self.model is not None else self._with_outputs()
+        if self.model is None:
+            return self._with_outputs()
+        if not hasattr(self.model, "get_base_model"):
+            return around(self.model)
+        assert is_prompt(self.folder), "any other adapter was worked into its model"
+        module = around(self.model.get_base_model())
+        begin(module, self.folder)
+        return module
 
     def _with_outputs(self) -> nn.Module:
         from dtrain.models._causal import build_causal
@@ -59,6 +69,8 @@ def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging as library
+
+    from dtrain.tuning._prompts import num_virtual
 
     library.set_verbosity_error()
     library.disable_progress_bar()
@@ -86,12 +98,16 @@ def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded
     if base is not None:
         model = _with_adapter(model, folder, merged=not writes)
     model.to(device=device, dtype=_DTYPES[dtype]).eval().requires_grad_(requires_grad=False)
-    return Loaded(folder, model, tokenizer, stops, max_positions, device, dtype)
+    virtual = 0 if base is None else num_virtual(folder)
+    if max_positions is not None:
+        max_positions -= virtual
+    return Loaded(folder, model, tokenizer, stops, max_positions, device, dtype, virtual)
 
 
 def _with_adapter(model: Any, folder: Path, *, merged: bool) -> Any:
     from dtrain.tuning._peft import CONFIG
     from dtrain.tuning._peft import load as load_adapter
+    from dtrain.tuning._prompts import is_prompt
 
     if "score" in (json.loads((folder / CONFIG).read_text()).get("modules_to_save") or []):
         raise ModelError(f"{folder}: an adapter of a model with outputs of its own in place of a vocabulary; `dtrain "
@@ -101,7 +117,7 @@ def _with_adapter(model: Any, folder: Path, *, merged: bool) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         tuned: Any = load_adapter(model, folder)
-    if merged:
+    if merged and not is_prompt(folder):
         try:
             return tuned.merge_and_unload(safe_merge=True)
         except (AttributeError, NotImplementedError, ValueError) as error:

@@ -37,11 +37,14 @@ class StepResult:
     """Of the objective, means over targets."""
 
 
-def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
+def train_step(  # noqa: PLR0913 - it is all that a step is made of
+               batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
                *, lr: float, before: Before | None = None,
-               updating: Callable[[], None] = lambda: None) -> StepResult:  # fmt: skip
+               updating: Callable[[], None] = lambda: None,
+               term: Callable[[], tuple[str, torch.Tensor] | None] | None = None) -> StepResult:  # fmt: skip
     """Forward and backward over this rank's micro-batches, then one update. Collective. `before` sees the micro-batches
-    first; `updating` hears that the update begins.
+    first; `updating` hears that the update begins; `term`, asked after the last forward, is what the tuning adds to the
+    mean loss, the same on every rank, and is told besides it.
 
     Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number.
     """
@@ -50,11 +53,16 @@ def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: 
     if before is not None:
         batches = before([batch.to(comm.device) for batch in batches], held_out=False)
     losses, extras = [], []
+    added: tuple[str, torch.Tensor] | None = None
     for i, batch in enumerate(batches):
-        with strategy.micro(sync=i == len(batches) - 1):
+        last = i == len(batches) - 1
+        with strategy.micro(sync=last):
             loss = objective(strategy.module, batch.to(comm.device))
             # A sum over this rank's targets; the strategy's mean over ranks then is the mean over all targets.
-            strategy.backward(loss.total * (comm.size / max(1, num_targets)))
+            mean = loss.total * (comm.size / max(1, num_targets))
+            if last and term is not None and (added := term()) is not None:
+                mean = mean + added[1]
+            strategy.backward(mean)
             losses.append(loss.total.detach())
             extras.append(loss.extras)
     # One wait for the device: the loss of each micro-batch, then the sum of each extra, in the order of its names.
@@ -70,6 +78,8 @@ def train_step(batches: Sequence[Batch], strategy: AbstractStrategy, objective: 
     if not math.isfinite(update.grad_norm) and not update.skipped:
         raise NonFiniteError(_blame("gradient", batches, sums, comm))
     means = {name: value / max(1, num_targets) for name, value in zip(names, all_extras, strict=True)}
+    if added is not None:
+        means[added[0]] = float(added[1].detach())
     return StepResult(total / max(1, num_targets), update.grad_norm, num_targets, num_tokens, update.skipped, means)
 
 

@@ -20,6 +20,7 @@ from dtrain.models.attention.dense import SDPA
 from dtrain.models.attention.names import MASKED, Attention
 from dtrain.models.base import AbstractWeights, ModelBundle
 from dtrain.models.outputs import has_outputs
+from dtrain.models.virtual import AbstractVirtual, Attended, Wide, hand_over, widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,8 @@ class CausalLM(nn.Module):
         self.decoder_name = model.base_model_prefix
         self.head_name = head_name
         self._lay_out = SDPA.lay_out
+        self.virtual: AbstractVirtual | None = None
+        self._now: list[Attended] = []
         self.add_module(self.decoder_name, model.base_model)
         self.add_module(head_name, head)
 
@@ -52,15 +55,41 @@ class CausalLM(nn.Module):
         backend.install(self.decoder_module)
         self._lay_out = backend.lay_out
 
+    def begin_by(self, virtual: AbstractVirtual) -> None:
+        """Have every document begin with these places. Raises ModelError."""
+        if virtual.attended:
+            hand_over(blocks_of(self.decoder_module), self._now)
+        self.virtual = virtual
+
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, target_index: torch.Tensor, *targets: Any, **further: Any
     ) -> torch.Tensor:
         """What the head makes of the hidden states at `target_index`, and of all that follows: with `target_ids` a fp32
         scalar, with `each=True` besides one for every target, [N]; attached to every parameter, without targets too.
         """
-        hidden = self.decoder_module(**self._lay_out(tokens, positions)).last_hidden_state
+        if self.virtual is None:
+            hidden = self.decoder_module(**self._lay_out(tokens, positions)).last_hidden_state
+        else:
+            wide = widen(tokens, positions, self.virtual.num)
+            hidden, target_index = self._begun(wide, self.virtual), wide.where[target_index]
         chosen = hidden.reshape(-1, hidden.shape[-1])[target_index]
         return self.get_submodule(self.head_name)(chosen, *targets, **further)
+
+    def _begun(self, wide: Wide, virtual: AbstractVirtual) -> torch.Tensor:
+        """Hidden states of all places."""
+        called, values = self._lay_out(wide.tokens, wide.positions), virtual.values(wide.tokens.device)
+        if virtual.attended:
+            self._now[:] = [Attended(values, wide.slots)]
+        else:
+            embeddings = self.decoder_module.get_input_embeddings()(called.pop("input_ids"))
+            flat = embeddings.reshape(-1, embeddings.shape[-1])
+            everywhere = values.to(flat.dtype).repeat(len(wide.slots) // virtual.num, 1)
+            called["inputs_embeds"] = flat.index_copy(0, wide.slots, everywhere).view(embeddings.shape)
+        try:
+            hidden: torch.Tensor = self.decoder_module(**called).last_hidden_state
+        finally:
+            self._now.clear()
+        return hidden
 
 
 def around(model: PreTrainedModel) -> CausalLM:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -33,6 +33,8 @@ class AbstractAdapter(ABC):
     """Of `adapter_config.json`, but for where the model is."""
     pure: bool
     """Whether the model itself is left as it is: nothing of it is trained beside what was added."""
+    apart: str | None = None
+    """Why it cannot be worked into the model; None where it can."""
 
     @abstractmethod
     def switched_off(self) -> AbstractContextManager[None]:
@@ -54,6 +56,44 @@ class AbstractAdapter(ABC):
     def merged(self, learned: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of the model with what was learned worked into it, in fp32, one at a time, named as
         `merged_shapes`. `learned`: as for `tensors`.
+        """
+
+
+class Part(Protocol):
+    """What a rank owns of a parameter that is trained, as `strategies.base.Shard` tells."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def views(self) -> Mapping[str, torch.Tensor]: ...
+    @property
+    def replica(self) -> int: ...
+
+
+class AbstractAlongside(ABC):
+    """What a tuning does while it is trained, besides its gradients."""
+
+    state_names: Sequence[str]
+    """What it keeps of every number that is trained, beside the optimizer's own state."""
+
+    @abstractmethod
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have the optimizer keep `state_names` in its state, from pieces of parameters as from whole ones."""
+
+    @abstractmethod
+    def begin(self, step: int, steps: int) -> None:
+        """Optimizer step `step`, counted from 1, of `steps` begins."""
+
+    @abstractmethod
+    def term(self) -> tuple[str, torch.Tensor] | None:
+        """After a forward: what is added to the mean loss of the whole step, and its name."""
+
+    @abstractmethod
+    def after(self, step: int, steps: int, parts: Callable[[], Iterable[Part]], comm: AbstractComm) -> bool:
+        """After the update of a step. `parts`: what this rank owns, as live views. True where weights were changed, on
+        all ranks. Collective.
         """
 
 
@@ -108,6 +148,8 @@ class ModelBundle:
     """The module with outputs of its own in place of the vocabulary, which every tuning trains whole."""
     adapter: AbstractAdapter | None = None
     """None where nothing was added; else an export is of what was added alone, and `export_name` names it in there."""
+    alongside: AbstractAlongside | None = None
+    """None where gradients are all that changes what is trained."""
     choose_attention: Callable[[Setting, AbstractComm], Attention] = _its_own
     """Settle what computes attention in the module, the same on all ranks, before anything else is done to it. Raises
     ModelError. Collective.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,15 +35,22 @@ class AdamW(OptimSpec):
         import torch
 
         assert self.lr != "auto", "the plan settles it"
-        alike: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, param in named:
-            if not param.requires_grad:
-                continue
-            decay = self.weight_decay if _ndim(param) >= 2 else 0.0
-            alike.setdefault((lr_factor(name), decay), []).append(param)
-        groups = [{"params": params, "weight_decay": decay, "lr_factor": factor}
-                  for (factor, decay), params in alike.items()]  # fmt: skip
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        alike = groups(named, self.weight_decay, lr_factor)
+        return torch.optim.AdamW(alike, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+def groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, lr_factor: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Of what is trained: alike in decay, which is for tensors of two and more dimensions, and in `lr_factor`."""
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, param in named:
+        if not param.requires_grad:
+            continue
+        decay = weight_decay if _ndim(param) >= 2 else 0.0
+        alike.setdefault((lr_factor(name), decay), []).append(param)
+    return [{"params": params, "weight_decay": decay, "lr_factor": factor}
+            for (factor, decay), params in alike.items()]  # fmt: skip
 
 
 def _ndim(param: nn.Parameter) -> int:

@@ -71,7 +71,7 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
                 *_check_epochs(config), *config.strategy.misfits(topology, device),
                 *config.model.misfits(device)]  # fmt: skip
     if not config.strategy.candidates():
-        problems += config.tuning.misfits(config.strategy, precision, device)
+        problems += _misfits(config, config.strategy, precision, device)
     if problems:
         raise PlanError.of(problems)
     global_batch = _global_batch(config)
@@ -83,12 +83,18 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
             f"schedule.warmup_steps={config.schedule.warmup_steps}: all {config.train.steps} steps are warm-up"
         )
     tuning = config.tuning
-    need = Need(figures, tuning.num_trainable(figures), precision, config.optim.state_bytes, topology,
+    state_bytes = config.optim.state_bytes + tuning.state_bytes
+    saved_bytes = 4 + 4 * len(config.optim.state_names) + tuning.state_bytes
+    need = Need(figures, tuning.num_trainable(figures), precision, state_bytes, topology,
                 tuning.frozen_bytes(figures, 4 if precision == "fp32" else 2), tuning.divides())  # fmt: skip
+    if virtual := tuning.num_virtual():
+        packed = "of a packed row too; the table below counts one document a row" * config.dataset.packing
+        notes.append(f"tuning.num_virtual_tokens={virtual}: that many places come before every document, beside the "
+                     f"{config.dataset.max_length} tokens of a row{', ' * bool(packed)}{packed}")  # fmt: skip
     room = _Room(config, need, device, capacity, global_batch)
     concrete = {key: one for key, one in strategies.items()
                 if not one.candidates() and not one.misfits(topology, device)
-                and not config.tuning.misfits(one, precision, device)}  # fmt: skip
+                and not _misfits(config, one, precision, device)}  # fmt: skip
     if not config.strategy.candidates():
         concrete[name] = config.strategy
     chosen, micro = _choose(config, name, concrete, room, notes)
@@ -97,8 +103,12 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     memory = {key: room.memory(one, micro) for key, one in concrete.items()}
     return Plan(
         topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), _lr(config, notes),
-        config.dataset.max_length, memory, capacity, (4 + need.state_bytes) * need.num_trainable, tuple(notes),
+        config.dataset.max_length, memory, capacity, saved_bytes * need.num_trainable, tuple(notes),
     )  # fmt: skip
+
+
+def _misfits(config: Config, strategy: StrategySpec, precision: str, device: Device) -> list[str]:
+    return [*config.tuning.misfits(strategy, precision, device), *config.optim.misfits(strategy, device)]
 
 
 def num_steps(config: Config, global_batch: int, num_rows: int | None) -> int:
@@ -124,7 +134,8 @@ class _Room:
 
     def memory(self, strategy: StrategySpec, micro_batch: int) -> Memory:
         config = self.config
-        shape = Shape(micro_batch, config.dataset.max_length, config.train.activation_checkpointing, self.device,
+        length = config.dataset.max_length + config.tuning.num_virtual()
+        shape = Shape(micro_batch, length, config.train.activation_checkpointing, self.device,
                       masks=config.model.masks())  # fmt: skip
         return estimate(self.need, strategy.states(self.need), shape)
 
@@ -175,8 +186,13 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
 
 
 def _check_length(config: Config, figures: Figures) -> list[str]:
-    if config.dataset.max_length <= figures.max_positions:
+    virtual = config.tuning.num_virtual()
+    if config.dataset.max_length + virtual <= figures.max_positions:
         return []
+    if config.dataset.max_length <= figures.max_positions:
+        return [f"dataset.max_length={config.dataset.max_length}: with tuning.num_virtual_tokens={virtual} before it "
+                f"more than the {figures.max_positions} positions that the model was made for; set it to at most "
+                f"{figures.max_positions - virtual}"]  # fmt: skip
     return [f"dataset.max_length={config.dataset.max_length}: the model was made for {figures.max_positions} positions"
             f"; set it to at most that"]  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.models.base import ModelBundle
-from dtrain.strategies._place import clip_factor, fill, make_state, materialise, squared_norm, updates_of
+from dtrain.strategies._place import clip_factor, fill, make_state, materialise, squared_norm, state_of, updates_of
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ class _DDP(AbstractStrategy):
     def shards(self) -> Iterator[Shard]:
         for name, param in self._named.items():
             if param.requires_grad:
-                state = self._optimizer.state.get(param, {})
                 views = {"weight": param.detach().view(-1)}
-                views |= {key: one.view(-1) for key, one in state.items() if one.shape == param.shape}
-                yield Shard(name, tuple(param.shape), 0, views, self._world.rank, self._world.size)
+                with state_of(self._optimizer, param) as state:
+                    views |= {key: one.view(-1) for key, one in state.items() if one.shape == param.shape}
+                    yield Shard(name, tuple(param.shape), 0, views, self._world.rank, self._world.size)
 
     def frozen_shards(self) -> Iterator[Shard]:
         for name, param in self._named.items():
@@ -102,7 +102,7 @@ class _DDP(AbstractStrategy):
 
     def restore(self, counters: Mapping[str, float]) -> None:
         trained = [param for param in self._named.values() if param.requires_grad]
-        make_state(self._optimizer, trained, self._optim.spec.state_names, int(counters["updates"]))
+        make_state(self._optimizer, trained, self._optim.state_names, int(counters["updates"]))
 
     def refresh(self) -> None:
         """Nothing: the parameters are the masters."""

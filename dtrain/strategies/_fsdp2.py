@@ -17,7 +17,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.errors import PlanError
 from dtrain.models.base import ModelBundle
-from dtrain.strategies._place import LossScale, clip_factor, fill, make_state, recast_frozen, squared_norm, updates_of
+from dtrain.strategies._place import (
+    LossScale,
+    clip_factor,
+    fill,
+    make_state,
+    recast_frozen,
+    squared_norm,
+    state_of,
+    updates_of,
+)
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:
@@ -111,17 +120,17 @@ class _FSDP2(AbstractStrategy):
             assert piece.data_ptr() == param.to_local().data_ptr(), f"{name} was moved in memory"
             _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
             start = offset[0] * math.prod(param.shape[1:]) if piece.numel() else param.numel()
-            state = self._optimizer.state.get(piece, {})
             views = {"weight": piece.detach().view(-1)}
-            views |= {key: one.view(-1) for key, one in state.items() if one.shape == piece.shape}
-            yield Shard(name, tuple(param.shape), start, views, self._replica, self._replicas)
+            with state_of(self._optimizer, piece) as state:
+                views |= {key: one.view(-1) for key, one in state.items() if one.shape == piece.shape}
+                yield Shard(name, tuple(param.shape), start, views, self._replica, self._replicas)
 
     def counters(self) -> dict[str, float]:
         return {"updates": updates_of(self._optimizer), **self._scale.counters()}
 
     def restore(self, counters: Mapping[str, float]) -> None:
         trained = [piece for piece in self._pieces.values() if piece.requires_grad]
-        make_state(self._optimizer, trained, self._optim.spec.state_names, int(counters["updates"]))
+        make_state(self._optimizer, trained, self._optim.state_names, int(counters["updates"]))
         self._scale.restore(counters)
 
     def refresh(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from dtrain.models.base import AbstractWeights
+from dtrain.optims.packed import AbstractPacked
 from dtrain.strategies.base import Shard
 
 
@@ -66,11 +68,28 @@ def updates_of(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
+@contextlib.contextmanager
+def state_of(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> Iterator[Mapping[str, torch.Tensor]]:
+    """What an optimizer keeps of a parameter, by name; what is written to it is kept when the context ends, if not
+    before.
+    """
+    if isinstance(optimizer, AbstractPacked):
+        with optimizer.opened(param) as opened:
+            yield opened
+    else:
+        yield optimizer.state.get(param, {})
+
+
 def make_state(
     optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor], names: Sequence[str], updates: int
 ) -> None:
     """State as the optimizer's own after so many updates, of zeros; none before the first, as it has itself."""
     if not updates:
+        return
+    if isinstance(optimizer, AbstractPacked):
+        for param in params:
+            if param.numel():
+                optimizer.make(param, names, updates)
         return
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for param in params:

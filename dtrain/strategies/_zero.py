@@ -156,7 +156,7 @@ class _ZeRO(AbstractStrategy):
 
     def restore(self, counters: Mapping[str, float]) -> None:
         zero = self._zero
-        make_state(zero.optimizer, self._flats(), self._optim.spec.state_names, int(counters["updates"]))
+        make_state(zero.optimizer, self._flats(), self._optim.state_names, int(counters["updates"]))
         if self._optim.precision == "fp16" and "loss_scale" in counters:
             restore_scale(zero.loss_scaler, counters)
 

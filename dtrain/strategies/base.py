@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dtrain.config.spec import OptimSpec
-    from dtrain.models.base import ModelBundle
+    from dtrain.models.base import AbstractAlongside, ModelBundle
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -30,8 +30,19 @@ class Optim:
     lr_factor: Callable[[str], float] = lambda name: 1.0
     """Of a parameter by its name: what the learning rate of a step is multiplied by for it."""
 
+    alongside: AbstractAlongside | None = None
+    """What is done besides while the weights are trained."""
+
     def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        return self.spec.build(named, self.lr_factor)
+        optimizer = self.spec.build(named, self.lr_factor)
+        if self.alongside is not None:
+            self.alongside.watch(optimizer)
+        return optimizer
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The tensors that are kept of every parameter beside its weight."""
+        return (*self.spec.state_names, *(self.alongside.state_names if self.alongside is not None else ()))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -49,7 +60,8 @@ class Shard:
     start: int
     """First element of the range, in the flattened parameter."""
     views: Mapping[str, torch.Tensor]
-    """1-D: `weight`, and each optimizer state by its name once it exists. Filling a view changes the training state."""
+    """1-D: `weight`, and each optimizer state by its name once it exists. Filling a view changes the training state, by
+    the time the next shard is asked for at the latest."""
     replica: int = 0
     """Which of the `replicas` ranks with this same range this one is: a save writes its part, a load fills all."""
     replicas: int = 1

@@ -66,6 +66,7 @@ def add(bundle: ModelBundle, what: Addition, *, seed: int) -> ModelBundle:
     config = what.make(found)
     # The rules for the start need values, which there are none of on meta.
     inject_adapter_in_model(_without_start(config), module)
+    _settle(module)
     targets = frozenset(found)
     trained: dict[str, tuple[int, ...]] = {}
     for name, param in module.named_parameters():
@@ -172,6 +173,15 @@ def _layer_of(name: str, targets: frozenset[str]) -> str | None:
     return next((layer for i in range(len(parts) - 1, 0, -1) if (layer := ".".join(parts[:i])) in targets), None)
 
 
+def _settle(module: nn.Module) -> None:
+    """Numbers that never change are no parameters: peft keeps the rank of AdaLoRA's layers as one, and in no file."""
+    for layer in (cast(Any, one) for one in module.modules()):
+        ranks = getattr(layer, "ranknum", None)
+        if isinstance(ranks, nn.ParameterDict):
+            del layer.ranknum
+            layer.ranknum = {name: float(layer.r[name]) for name in ranks}
+
+
 def _without_start(config: PeftConfig) -> PeftConfig:
     """The same without a start that is worked out from the values of the layers."""
     config = copy.deepcopy(config)
@@ -223,6 +233,7 @@ class _Maker:
         config = self._make([layer])
         with seeded(self._seed, layer), torch.no_grad():
             inject_adapter_in_model(config if base is not None else _without_start(config), root)
+        _settle(root)
         return root.get_submodule(layer)
 
 
@@ -240,7 +251,7 @@ class _Start:
         except (OSError, ValueError) as error:
             raise ModelError(f"tuning.init_from={folder}: no adapter that peft has written ({error})") from None
         self.folder, self.names = folder, names
-        keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
+        keys = ("peft_type", "r", "init_r", "lora_alpha", "use_rslora", "use_dora")
         mine = json.loads(json.dumps(config.to_dict(), default=sorted))  # as a file says it
         self._wrong = [f"{key}: {said.get(key)} there, {mine.get(key)} here" for key in keys
                        if key in mine and said.get(key) != mine.get(key)]  # fmt: skip

@@ -83,9 +83,11 @@ def reference(
     prepare: Callable[[Any], Any] = lambda model: model,
     mean_loss: Callable[[Any, list[Row]], torch.Tensor] | None = None,
     *,
+    updated: Callable[[int], None] = lambda done: None,
     rows: Sequence[Row] = (),
 ) -> Trained:
-    """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer.
+    """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer;
+    `updated` hears it while the gradients are still there.
     `prepare`: chooses what of the model is trained, and may give another in its place. `mean_loss` of a model and rows
     is the cross-entropy of their targets where it is not given. `rows`: those to train on in this order; where there
     are none, `folder/train.arrow` in the order of its epochs.
@@ -113,6 +115,7 @@ def reference(
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * _cosine(step, recipe)
         optimizer.step()
+        updated(step + 1)
         optimizer.zero_grad()
         losses.append(loss.item())
         after(step + 1, model, optimizer)
@@ -133,7 +136,7 @@ def _mean_loss(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
         for length in row.lengths.tolist():
             ids = torch.from_numpy(row.tokens[start : start + length].astype(np.int64))
             learned = torch.from_numpy(row.targets[start : start + length].copy())[1:]
-            logits = model(input_ids=ids[None]).logits[0, :-1]
+            logits = model(input_ids=ids[None]).logits[0, -length:-1]  # prompt methods have more before these
             total = total + torch.nn.functional.cross_entropy(logits[learned], ids[1:][learned], reduction="sum")
             num_targets += int(learned.sum())
             start += length

@@ -24,8 +24,8 @@ TUNINGS = {
     "freeze": ("tuning=freeze", "tuning.last_layers=1"),
     "pissa": ("tuning=lora", "tuning.rank=2", "tuning.init=pissa"),
 }
-PAIRS = [("lora", ("zero3", 2), ("fsdp2", 1)), ("lora", ("ddp", 2), ("zero2", 2)), ("lora", ("fsdp2", 2), ("zero1", 1)),
-         ("freeze", ("zero2", 2), ("zero3", 2)), ("freeze", ("fsdp2", 2), ("ddp", 1)), ("pissa", ("zero1", 2), ("zero3", 2))]  # fmt: skip
+PAIRS = [("lora", ("zero3", 2), ("fsdp2", 1)), ("freeze", ("fsdp2", 2), ("ddp", 1)), ("pissa", ("zero1", 2), ("zero3", 2))]  # fmt: skip
+"""Whose tensors are compared to the last bit; `test_cells` goes on with every tuning."""
 
 
 @pytest.mark.parametrize(("tuning", "source", "target"), PAIRS, ids=str)

@@ -99,7 +99,8 @@ ZERO = {"run.seed", "train.grad_clip", "eval.every_steps", "eval.fraction", "che
         "dataset.max_bad_fraction", "launcher.gpus_per_node", "launcher.max_restarts", "launcher.restart_wait_s",
         "launcher.last_call_s", "schedule.warmup_steps", "schedule.min_factor", "schedule.decay_fraction",
         "strategy.prefetch_bucket_size", "strategy.param_persistence_threshold", "strategy.max_reuse_distance",
-        "tuning.dropout", "objective.label_smoothing", "objective.gamma"}  # fmt: skip
+        "tuning.dropout", "tuning.warmup", "tuning.final", "tuning.orthogonality", "objective.label_smoothing",
+        "objective.gamma"}  # fmt: skip
 """Keys for which 0 means something."""
 
 

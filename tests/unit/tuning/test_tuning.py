@@ -16,8 +16,10 @@ from dtrain.cli import run as dtrain
 from dtrain.engine.proof import Proof
 from dtrain.errors import ModelError
 from dtrain.models.base import ModelBundle
+from dtrain.models.virtual import widen
 from dtrain.plan.propose import configure
 from dtrain.strategies.base import Shard
+from dtrain.tuning import _adalora
 from tests.contract.small import make
 from tests.unit.tuning import table
 
@@ -45,6 +47,11 @@ def tuned(model: Path, *typed: str) -> tuple[Any, ModelBundle]:
     ["tuning=lora", "tuning.rank=3", "tuning.targets=[q_proj,'*.mlp.*']", "tuning.modules_to_save=[embed_tokens]"],
     ["tuning=lora", "tuning.rank=3", "tuning.dora=true"],
     ["tuning=ia3"],
+    ["tuning=adalora", "tuning.rank=3", "tuning.target_rank=2", "tuning.targets=[q_proj,'*.mlp.*']"],
+    ["tuning=prompt", "tuning.num_virtual_tokens=7"],
+    ["tuning=ptuning", "tuning.num_virtual_tokens=7", "tuning.encoder_hidden=12"],
+    ["tuning=prefix", "tuning.num_virtual_tokens=7"],
+    ["tuning=prefix", "tuning.num_virtual_tokens=7", "tuning.projection=true", "tuning.encoder_hidden=12"],
 ], ids=lambda typed: " ".join(typed))  # fmt: skip
 def test_the_plan_counts_what_the_model_then_has(model: Path, typed: list[str]) -> None:
     config, bundle = tuned(model, *typed)
@@ -78,6 +85,8 @@ def test_what_is_added_depends_on_the_seed_and_the_name_alone(model: Path) -> No
     (["tuning=freeze", "tuning.patterns=['*q_prj*']"], ["tuning.patterns=*q_prj*", "matches no parameter", "q_proj"]),
     (["tuning=freeze", "tuning.last_layers=9"], ["tuning.last_layers=9", "has 2 layers"]),
     (["tuning=lora", "tuning.init_from=nowhere"], ["tuning.init_from=nowhere", "no adapter"]),
+    (["tuning=prompt", "tuning.init_from=nowhere"], ["tuning.init_from=nowhere", "prompt_embeddings"]),
+    (["tuning=adalora", "tuning.targets=[q_prj]"], ["tuning.targets=q_prj", "q_proj"]),
 ])  # fmt: skip
 def test_what_the_model_has_not(model: Path, typed: list[str], said: Sequence[str]) -> None:
     with pytest.raises(ModelError) as error:
@@ -95,6 +104,16 @@ def test_what_the_model_has_not(model: Path, typed: list[str], said: Sequence[st
     (["tuning=qlora", "tuning.init=olora"], "tuning.init=olora"),
     (["tuning=freeze", "tuning.last_layers=0"], "tuning.last_layers=0"),
     (["tuning=ia3", "tuning.inputs=[k_proj]"], "tuning.inputs=k_proj"),
+    (["tuning=adalora", "tuning.target_rank=13"], "tuning.target_rank=13: more than tuning.rank=12"),
+    (["tuning=adalora", "tuning.warmup=0.5", "tuning.final=0.5"], "tuning.final=0.5: with tuning.warmup=0.5 no steps"),
+    (["tuning=adalora", "strategy=zero3", "strategy.offload_optimizer=nvme", "strategy.nvme_path=/tmp"],
+     "tuning=adalora: which ranks are taken is read from the optimizer's state, and strategy.offload_optimizer=nvme"),
+    (["tuning=adalora", "tuning.tfinal=3"], "tuning.final, a part of all steps"),
+    (["tuning=prompt", "tuning.init=text"], "tuning.text is empty"),
+    (["tuning=prompt", "tuning.text=hello"], "tuning.text=hello; give both init=text and a text"),
+    (["tuning=prompt", "dataset.max_length=60"], "with tuning.num_virtual_tokens=20 before it more than the 64"),
+    (["tuning=prefix", "tuning.encoder_hidden=4"], "tuning.encoder_hidden=4: of a network"),
+    (["tuning=prefix", "tuning.projection=true", "tuning.init_from=x"], "tuning.init_from=x: a folder has what"),
 ])  # fmt: skip
 def test_refused_before_anything_starts(model: Path, typed: list[str], said: str, capsys: Any) -> None:
     assert dtrain(["plan", *TYPED, f"model.path={model}", "device=cpu", "launcher.procs=2", *typed]) == 2
@@ -192,3 +211,53 @@ def test_modules_that_are_trained_whole_are_started_from_too(model: Path, tmp_pa
         model, *typed, "tuning.modules_to_save=[embed_tokens]", f"tuning.init_from={tmp_path / 'adapter'}"
     )
     assert torch.equal(bundle.weights.read("model.embed_tokens.weight", 0, learned.numel()), learned.detach().flatten())
+
+
+def test_prompts_start_from_tokens_and_from_a_folder(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from dtrain.data.tokenizer import TextTokenizer
+    from tests.unit.data.fakes import write_tokenizer
+
+    name, places = "prompt_encoder.embedding.weight", "tuning.num_virtual_tokens=5"
+    embedding = next(iter(load_file(file)["model.embed_tokens.weight"] for file in model.glob("*.safetensors")
+                          if "model.embed_tokens.weight" in load_file(file)))  # fmt: skip
+    hidden = embedding.shape[1]
+    _, bundle = tuned(model, "tuning=prompt", places)
+    drawn = bundle.weights.read(name, 0, 5 * hidden).view(5, hidden)
+    assert all((row == embedding).all(1).any() for row in drawn)
+    assert len(drawn.unique(dim=0)) > 1
+    write_tokenizer(model)
+    ids = TextTokenizer.load(model).encode("ab")
+    assert 0 < len(ids) < 5
+    _, bundle = tuned(model, "tuning=prompt", places, "tuning.init=text", "tuning.text=ab")
+    assert torch.equal(bundle.weights.read(name, 0, 5 * hidden).view(5, hidden), embedding[(ids * 5)[:5]])
+    kept = torch.randn(5, hidden)
+    save_file({"prompt_embeddings": kept}, tmp_path / "adapter_model.safetensors")
+    _, bundle = tuned(model, "tuning=prompt", places, f"tuning.init_from={tmp_path}")
+    assert torch.equal(bundle.weights.read(name, 3, 7), kept.flatten()[3:10])
+    with pytest.raises(ModelError, match=r"\(5, 32\) numbers there, \(4, 32\) here"):
+        tuned(model, "tuning=prompt", "tuning.num_virtual_tokens=4", f"tuning.init_from={tmp_path}")
+
+
+def test_places_before_documents() -> None:
+    # Two rows of six: documents of 2 and 3 and one place of padding; one of 6.
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 0], [11, 12, 13, 14, 15, 16]])
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]])
+    wide = widen(tokens, positions, 2)
+    assert wide.tokens.tolist() == [[0, 0, 1, 2, 0, 0, 3, 4, 5, 0, 0, 0], [0, 0, 11, 12, 13, 14, 15, 16, 0, 0, 0, 0]]
+    assert wide.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]]
+    assert wide.slots.tolist() == [0, 1, 4, 5, 9, 10, 12, 13]
+    assert wide.where.tolist() == [2, 3, 6, 7, 8, 11, 14, 15, 16, 17, 18, 19]
+
+
+def test_ranks_that_are_left_and_those_that_go() -> None:
+    how: Any = dataclasses.make_dataclass("How", ["warmup", "final"])(0.1, 0.3)
+    course = _adalora.Course.of(how, 10)
+    assert course == (1, 7)
+    # From 56 to 28 by the third power: 28 + 28 * (1 - (step - 1) / 6) ** 3.
+    assert [_adalora.budget(step, course, 56, 28) for step in range(1, 9)] == [56, 44, 36, 31, 29, 28, 28, 28]
+    scores = torch.tensor([3.0, 1.0, 2.0, 1.0])
+    assert _adalora.lowest(scores, 0).tolist() == [False] * 4
+    assert _adalora.lowest(scores, 1).tolist() == [False, True, False, True]
+    assert _adalora.lowest(scores, 3).tolist() == [False, True, True, True]

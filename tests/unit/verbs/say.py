@@ -26,18 +26,23 @@ def write_model(folder: Path, *, template: str | None = CHATML, seed: int = 0) -
     return folder
 
 
-def write_adapter(folder: Path, base: Path, *, path: str | None, digest: str | None) -> Path:
-    """As an export of `tuning=lora` is, with something learned in it."""
-    from peft import LoraConfig, get_peft_model
+PLACES = 3
+"""Before every document, with an adapter of a prompt method."""
+
+
+def write_adapter(folder: Path, base: Path, *, path: str | None, digest: str | None, kind: str = "lora") -> Path:
+    """As an export of `tuning=<kind>` is, with something learned in it: lora, prompt, ptuning or prefix."""
+    from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    )
+    prompts = {"prompt": PromptTuningConfig, "ptuning": PromptEncoderConfig, "prefix": PrefixTuningConfig}
+    config = (prompts[kind](num_virtual_tokens=PLACES, task_type="CAUSAL_LM") if kind in prompts
+              else LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "prompt_encoder" in name:
                 param.normal_(std=0.5)
     model.save_pretrained(folder)
     write_tokenizer(folder)

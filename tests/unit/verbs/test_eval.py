@@ -68,7 +68,7 @@ def _nll(
         first = len(tokenizer.encode(text))
     ids = torch.tensor([[*tokenizer.encode(text), *(tokenizer.encode(label) if label else ()), tokenizer.eos_id]])
     with torch.no_grad():
-        logits = loaded(input_ids=ids).logits[0, first - 1 : -1]
+        logits = loaded(input_ids=ids).logits[0, -len(ids[0]) :][first - 1 : -1]  # prompts have more before these
     return float(torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum")), len(ids[0]) - first
 
 
@@ -98,9 +98,10 @@ def test_the_loss_of_each_source_and_of_all(model: Path, here: Path, capsys) -> 
     assert len({row["row"] for row in _read(here / "out-true", "loss")}) < 6
 
 
-def test_an_adapter_is_measured_with_its_model(model: Path, here: Path, capsys) -> None:
+@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
+def test_an_adapter_is_measured_with_its_model(model: Path, here: Path, capsys, kind: str) -> None:
     digest = weights_digest(model, here, lambda line: None)
-    adapter = write_adapter(here / "adapter", model, path=str(model), digest=digest)
+    adapter = write_adapter(here / "adapter", model, path=str(model), digest=digest, kind=kind)
     _write(here / "a.jsonl", [{"text": text} for text in WORDS])
     out, _ = _ok(capsys, adapter, "dataset.path=a.jsonl", "dataset.max_length=32")
     found = [_nll(model, text, adapter=adapter) for text in WORDS]

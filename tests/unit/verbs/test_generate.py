@@ -13,7 +13,7 @@ import torch
 from dtrain.cli import run as dtrain
 from dtrain.data.tokenizer import TextTokenizer
 from dtrain.models.assets import weights_digest
-from tests.unit.verbs.say import POSITIONS, write_adapter, write_model
+from tests.unit.verbs.say import PLACES, POSITIONS, write_adapter, write_model
 
 PROMPTS = ["the cat", "hello there, grüße to the house and the dog; ran", "m", "user user the mat"]
 
@@ -122,6 +122,21 @@ def test_conversations_are_rendered_as_they_are_trained_on(model: Path, tmp_path
     source = _rows(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "the cat"}]}])
     _ok(capsys, "generate", model, "--in", source, "--out", tmp_path / "out", "--max-new-tokens", 12)
     assert _rows(tmp_path / "out")[0]["generated"] == reply
+
+
+@pytest.mark.parametrize("kind", ["prompt", "ptuning", "prefix"])
+def test_what_comes_before_a_prompt_comes_before_each(model: Path, tmp_path: Path, capsys, kind: str) -> None:
+    digest = weights_digest(model, tmp_path, lambda line: None)
+    adapter = write_adapter(tmp_path / kind, model, path=str(model), digest=digest, kind=kind)
+    alone = [_greedy(model, text, 12, adapter) for text in PROMPTS]
+    assert alone != [_greedy(model, text, 12) for text in PROMPTS]
+    said, _ = _ok(capsys, "generate", adapter, "--prompt", PROMPTS[0], "--max-new-tokens", 12)
+    assert said == f"{PROMPTS[0]}{alone[0]}\n"
+    flags = [one for text in PROMPTS for one in ("--prompt", text)]
+    said, _ = _ok(capsys, "generate", adapter, *flags, "--max-new-tokens", 12)
+    assert said == "".join(f"{text}{reply}\n\n" for text, reply in zip(PROMPTS, alone, strict=True))
+    text = _refused(capsys, "generate", adapter, "--prompt", PROMPTS[0], "--max-new-tokens", POSITIONS)
+    assert f"the model {POSITIONS - PLACES} positions" in text
 
 
 def test_an_adapter_finds_its_model(model: Path, adapter: Path, tmp_path: Path, capsys) -> None:
