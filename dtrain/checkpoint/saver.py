@@ -211,7 +211,7 @@ class Saver:
     def _open(self, what: Manifest) -> dict[str, str]:
         """The folder that all write into; refused at once where there is no room."""
         if not self._root.is_dir():
-            self._root.mkdir(parents=True)
+            self._root.mkdir()  # alone: where the run folder is gone, so is the disk that it was on
             sync(self._root.parent)
         need, free = expected_bytes(what) + SPARE_BYTES, shutil.disk_usage(self._root).free
         if free < need:

@@ -19,7 +19,7 @@ from dtrain.engine.control import SIGNALS, Control
 from dtrain.engine.state import Progress
 from dtrain.engine.watched import Watched
 from dtrain.plan.world import World
-from dtrain.runs import RunDir, die_with_parent, record_failure, redirect
+from dtrain.runs import RunDir, die_with_parent, record_failure, redirect, spare_a_file
 
 if TYPE_CHECKING:
     from dtrain.checkpoint.saver import Saved
@@ -48,6 +48,7 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     stream = redirect(run, attempt, rank)
     faulthandler.enable()
+    spare_a_file()
     told: list[int] = []
     for signum in SIGNALS:
         signal.signal(signum, lambda number, frame: told.append(number))

@@ -19,6 +19,8 @@ from dtrain.runs.outcomes import JOINED, LEFT
 from dtrain.runs.pulse import Place
 
 _LINES = 30
+_LOOKED_AT = 300
+"""Of a log's last lines, for a known cause: torch says what it was at the top of a chain of tracebacks."""
 _WHY = {
     "SIGKILL": "the system ran out of memory, or someone killed it",
     "SIGSEGV": "a crash in native code; the log has the Python stack",
@@ -187,7 +189,7 @@ def explain(outcome: Outcome, run: RunDir) -> str:
     if failure is None:
         launcher_log = run.launcher_log(outcome.attempt)
         text = [] if outcome.kind == "interrupted" else _tail(launcher_log)
-        known = hint_of("\n".join(text))
+        known = hint_of("\n".join(_tail(launcher_log, _LOOKED_AT) if text else []))
         hints = [f"hint: {known}"] if known else []
         last = f"{outcome.kind}: {outcome.message}; next: less {shlex.quote(str(launcher_log))}"
         return "\n".join([*text, *hints, last])
@@ -225,8 +227,8 @@ def _short(traceback: str) -> list[str]:
     return [lines[0], f"  ... {len(lines) - _LINES} lines left out; the log has them", *lines[-_LINES:]]
 
 
-def _tail(log: Path) -> list[str]:
+def _tail(log: Path, lines: int = _LINES) -> list[str]:
     try:
-        return log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_LINES:]
+        return log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-lines:]
     except OSError:
         return []

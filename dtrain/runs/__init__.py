@@ -1,6 +1,6 @@
 """The run folder: what a run leaves on disk, and who may write it. No torch, nothing slow to import."""
 
-from dtrain.runs.failures import Failure, first_failure, record_failure
+from dtrain.runs.failures import Failure, first_failure, record_failure, spare_a_file
 from dtrain.runs.folder import RunDir
 from dtrain.runs.listing import RunSummary, list_runs
 from dtrain.runs.lock import Holder, check
@@ -24,5 +24,6 @@ __all__ = [
     "redact_config",
     "redirect",
     "scrub",
+    "spare_a_file",
     "versions",
 ]

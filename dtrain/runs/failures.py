@@ -89,6 +89,14 @@ def failure_path(run: RunDir, attempt: int, rank: int) -> Path:
     return run.attempt_dir(attempt) / f"rank-{rank}.failure.json"
 
 
+_spare: list[int] = []
+
+
+def spare_a_file() -> None:
+    """See to it that this process can `record_failure` when it has opened all the files that it may."""
+    _spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
 def record_failure(run: RunDir, attempt: int, rank: int, exc: BaseException, *, phase: str, step: int | None = None,
                    rows: Sequence[int] = ()) -> Failure:  # fmt: skip
     """Write what ended this rank where the launcher looks. The first one written stays."""
@@ -107,6 +115,8 @@ def record_failure(run: RunDir, attempt: int, rank: int, exc: BaseException, *, 
         rows=tuple(int(row) for row in rows),
     )
     path = failure_path(run, attempt, rank)
+    while _spare:
+        os.close(_spare.pop())
     if not path.exists():
         write_json(path, dataclasses.asdict(failure))
     return failure

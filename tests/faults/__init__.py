@@ -18,6 +18,8 @@
 | the folder cannot be written from the start | exit 2 before a rank is started | `test_storage.py::test_a_folder_that_cannot_be_written_is_refused_first` |
 | a save takes longer than the time between two | one at a time, the next is postponed and that is said; no second buffer | `test_storage.py::test_saves_on_a_slow_disk_do_not_pile_up` |
 | a rank does not see the folder of the others | said in these words | `test_storage.py`, the last two |
+| the shared folder is gone | exit 3, kind storage; nothing is saved on the disk below; goes on once it is back | `test_limits.py` |
+| the system gives a rank no more memory or files; a port is taken | exit 3, the rank and what to do about it | `test_limits.py` |
 | the data changed between two attempts | refused, unless allowed | `test_damage.py::test_changed_data_is_refused` |
 | memory runs out in a step, on one rank | kind oom with a hint; or the step is done again in smaller micro-batches | `test_oom.py` |
 | one rank is told to stop while it starts, evaluates, saves or exports | all stop at one step, saved, and go on to the same result; an export is ended first | `test_told.py` |

@@ -125,12 +125,11 @@ def record_rows(to: Path) -> None:
     """Write down which rows this rank takes for each step, before it trains on them."""
     from dtrain.data.loader import Loader
 
-    plain = Loader.window
+    plain, file = Loader.window, to.open("a", buffering=1)
 
     def window(self: Loader, samples: int) -> Any:
         batches = plain(self, samples)
-        with to.open("a") as file:
-            file.write(json.dumps([samples, [int(i) for batch in batches for i in batch.sample_ids]]) + "\n")
+        file.write(json.dumps([samples, [int(i) for batch in batches for i in batch.sample_ids]]) + "\n")
         return batches
 
     Loader.window = window

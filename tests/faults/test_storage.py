@@ -143,7 +143,9 @@ def test_a_disk_that_fills_up_in_a_save_and_has_room_again(
         return False
 
     typed = [f"train.steps={MANY}", "checkpoint.on_error=warn", "checkpoint.keep_last=1"]
-    ended = launch(folder, run.name, *typed, fault=Fault(fail="ckpt.tensors:sleep=0.1", kill=fill))
+    ended = launch(
+        folder, run.name, *typed, fault=Fault(fail="ckpt.tensors:sleep=0.1,train.forward:sleep=0.03", kill=fill)
+    )
     assert ended.code == 0, ended.said
     failed = [event["error"] for event in rows(run.events) if event["kind"] == "save failed"]
     assert failed
