@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from dtrain.config.asked import Asked, RowError, asked, read
 from dtrain.config.compose import clip
 from dtrain.config.spec import (
     DatasetSpec,
@@ -125,6 +127,36 @@ class Eval:
     """Share of the documents that is held out, chosen by a hash of their content; 0 is no eval."""
     max_rows: Positive | None = None
     """Evaluate on the first so many held-out rows; all of them when not given."""
+    prompts: tuple[str | dict[str, Any], ...] = ()
+    """What the model goes on with at the same steps, by its likeliest tokens, to be read beside the curve: texts, or
+    conversations as {messages: [...]}."""
+    prompts_file: str | None = None
+    """More of them: a file with {"prompt": ...} or {"messages": [...]} on each line."""
+    chat: bool = False
+    """A prompt is what a user says: the chat template is put around it."""
+    max_new_tokens: Positive = 64
+    """The most tokens of what the model goes on with."""
+
+    def problems(self) -> list[str]:
+        found = ["eval.prompts_file: empty; name a file, or null"] if self.prompts_file == "" else []
+        for one in self.prompts:
+            try:
+                asked("", {"prompt": one} if isinstance(one, str) else one, chat=self.chat)
+            except RowError as error:
+                found.append(f"eval.prompts: {clip(repr(one))}: {error}")
+        return found
+
+    def settled(self) -> Eval:
+        """With what lies in a file read in, so that all ranks and later starts have the same. Raises DataError."""
+        if self.prompts_file is None:
+            return self
+        rows = read(Path(self.prompts_file), chat=self.chat, option="eval.prompts_file=")
+        return dataclasses.replace(self, prompts=(*self.prompts, *(dict(one.row) for one in rows)), prompts_file=None)
+
+    def asked(self) -> list[Asked]:
+        """The prompts, each with its place among them."""
+        return [asked(f"eval.prompts[{i}]", {"prompt": one} if isinstance(one, str) else one, chat=self.chat)
+                for i, one in enumerate(self.prompts)]  # fmt: skip
 
 
 @spec

@@ -23,6 +23,7 @@ from dtrain.engine import rng
 from dtrain.engine.around import around
 from dtrain.engine.engine import Course, Engine
 from dtrain.engine.proof import Proof
+from dtrain.engine.samples import Sampler
 from dtrain.engine.state import State
 from dtrain.errors import CheckpointError
 from dtrain.models.base import AbstractWeights, Attention, Setting
@@ -204,8 +205,9 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
         rng.load(resume.blobs(file_name(comm.rank)), comm.device)
     unproven = config.train.unmoved == "allow" or config.strategy.unsavable() is not None
     proof = None if unproven else Proof(strategy, comm, list(parameters), config.tuning.moves_first)
+    sampler = Sampler(config, bundle, strategy, comm) if config.eval.prompts else None
     engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof,
-                    alongside=bundle.alongside)  # fmt: skip
+                    alongside=bundle.alongside, sampler=sampler)  # fmt: skip
     tied = _tied(bundle.module, list(parameters))
     return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention)
 

@@ -17,11 +17,12 @@ from dtrain.engine import rng
 from dtrain.engine.control import Control, why
 from dtrain.engine.evaluate import evaluate
 from dtrain.engine.rescue import NO_RESCUE, AbstractRescue
+from dtrain.engine.samples import ToldToStop
 from dtrain.engine.state import State
 from dtrain.engine.step import Objective, StepResult, train_step
 from dtrain.errors import NonFiniteError, StorageError
 from dtrain.failpoints import reach
-from dtrain.trackers.base import AbstractTracker, Confusion, EvalReport, StepReport
+from dtrain.trackers.base import AbstractTracker, Confusion, EvalReport, SamplesReport, StepReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dtrain.data.store import AbstractStore
     from dtrain.data.streaming import Streams
     from dtrain.engine.proof import Proof
+    from dtrain.engine.samples import Sampler
     from dtrain.engine.state import Progress
     from dtrain.models.base import AbstractAlongside
     from dtrain.objectives.base import Before, Loss
@@ -99,11 +101,11 @@ class Engine:
                  self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
                  rows: tuple[AbstractStore | Streams, AbstractStore], *, state: State | None = None,
                  begin: Begin = lambda say, at: None, proof: Proof | None = None,
-                 alongside: AbstractAlongside | None = None) -> None:  # fmt: skip
+                 alongside: AbstractAlongside | None = None, sampler: Sampler | None = None) -> None:  # fmt: skip
         """`state`: where to go on from; `begin` is called before the first step, and makes what sees the micro-batches
-        of each before their losses; `alongside`: what the tuning does besides.
+        of each before their losses; `alongside`: what the tuning does besides; `sampler`: writes at each eval.
         """
-        self._alongside = alongside
+        self._alongside, self._sampler = alongside, sampler
         self._proof, self._moved = proof, state is not None and state.step > 0
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows
@@ -133,10 +135,10 @@ class Engine:
         self._before = self._begin(self._note, lambda ids: progress.at("begin", rows=ids))
         self._agree()
         try:
-            self._eval_if_due()
+            self._look_if_due()
             while self._state.step < course.steps and not self._stop:
                 self._train_one(loader)
-                self._eval_if_due()
+                self._look_if_due()
                 self._save_if_due()
         except NonFiniteError:  # on all ranks; what is being written is of an earlier step, and good
             self._saver.wait()
@@ -149,8 +151,8 @@ class Engine:
             self._proof.kept()
         self._state = dataclasses.replace(self._state, stream=loader.gathered(self._state.samples, self._comm))
         loader.close()
-        stopped = self._stop and (self._state.step < course.steps or self._eval_due())
-        return Result(self._state, why(self._stop) if stopped else None)
+        left = self._state.step < course.steps or self._eval_due() or self._samples_due()
+        return Result(self._state, why(self._stop) if self._stop and left else None)
 
     def _train_one(self, loader: AbstractLoader) -> None:
         course, state = self._course, self._state
@@ -213,14 +215,24 @@ class Engine:
             self._hear_all()
         return most
 
-    def _eval_due(self) -> bool:
-        state, every = self._state, self._course.eval_every
-        due = state.step == self._course.steps or (every and state.step and state.step % every == 0)
-        return bool(due) and state.eval_step != state.step and len(self._eval_rows) > 0
+    def _look_due(self) -> bool:
+        step, every = self._state.step, self._course.eval_every
+        return step == self._course.steps or bool(every and step and step % every == 0)
 
-    def _eval_if_due(self) -> None:
-        if not self._eval_due() or self._stop:
-            return
+    def _eval_due(self) -> bool:
+        return self._look_due() and self._state.eval_step != self._state.step and len(self._eval_rows) > 0
+
+    def _samples_due(self) -> bool:
+        return self._look_due() and self._state.sample_step != self._state.step and self._sampler is not None
+
+    def _look_if_due(self) -> None:
+        """At the held-out rows, and at what the model writes. Collective."""
+        if self._eval_due() and not self._stop:
+            self._eval()
+        if self._samples_due() and not self._stop:
+            self._sample()
+
+    def _eval(self) -> None:
         self._progress.at("eval", self._state.step)
         began = time.perf_counter()
         windows = eval_windows(self._eval_rows, self._course.batch, rank=self._comm.rank, pad_id=self._course.pad_id,
@@ -236,6 +248,26 @@ class Engine:
         self._state = dataclasses.replace(self._state, eval_step=report.step, eval_loss=report.loss)
         for tracker in self._trackers:
             tracker.eval(report)
+
+    def _sample(self) -> None:
+        assert self._sampler is not None
+        self._progress.at("eval", self._state.step)
+        began = time.perf_counter()
+        samples = self._sampler.write(self._go_on)
+        if samples is None:  # all of them are written when the run goes on
+            return
+        report = SamplesReport(self._state.step, samples, time.perf_counter() - began)
+        self._state = dataclasses.replace(self._state, sample_step=report.step)
+        for tracker in self._trackers:
+            tracker.samples(report)
+
+    def _go_on(self, left: int) -> bool:
+        """Collective."""
+        self._progress.at("eval")
+        (most,) = self._agree(left)
+        if self._stop:
+            raise ToldToStop
+        return most > 0
 
     def _asked_to_stop(self) -> bool:
         """Collective."""

@@ -91,7 +91,7 @@ def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base or folder}: transformers does not load it: {error}") from error
-    stops = _stops(model, tokenizer, [folder] if base is None else [base, folder])
+    stops = stops_of(model.config.get_text_config(), tokenizer, [folder] if base is None else [base, folder])
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # What a model's files say of sampling is not asked for: what is typed is all there is.
     model.generation_config = GenerationConfig()
@@ -126,8 +126,9 @@ def _with_adapter(model: Any, folder: Path, *, merged: bool) -> Any:
     return tuned
 
 
-def _stops(model: Any, tokenizer: TextTokenizer, folders: list[Path]) -> frozenset[int]:
-    said = model.config.get_text_config().eos_token_id
+def stops_of(config: Any, tokenizer: TextTokenizer, folders: list[Path]) -> frozenset[int]:
+    """Tokens at which a model stops, of its decoder's configuration of transformers and its folders."""
+    said = config.eos_token_id
     found: list[int | None] = [*([said] if isinstance(said, int) else said or [])]
     found += [tokenizer.token_id("eos_token"), *(one for folder in folders for one in stop_ids(folder))]
     found += [tokenizer.token_id(token) for token in tokenizer.ends_of_turns()]

@@ -46,6 +46,8 @@ class State:
     eval_step: int | None = None
     """When the held-out rows were last looked at, and the loss on them."""
     eval_loss: float | None = None
+    sample_step: int | None = None
+    """When the prompts were last answered."""
     consumed: Mapping[str, Mapping[str, int]] | None = None
     """Samples and tokens of each source of the data at the last save; to be read, as `samples` alone says the place."""
     stream: Mapping[str, Any] | None = None

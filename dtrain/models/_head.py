@@ -56,12 +56,18 @@ class Head(nn.Module):
         self.logits = logits
         self.rows = rows
 
-    def forward(self, hidden_NH: torch.Tensor, target_ids: torch.Tensor, *, each: bool = False) -> torch.Tensor:
-        """The sum over targets of the cross-entropy; with `each`, the log-probability of every target, [N]. In fp32."""
+    def forward(
+        self, hidden_NH: torch.Tensor, target_ids: torch.Tensor | None = None, *, each: bool = False
+    ) -> torch.Tensor:
+        """The sum over targets of the cross-entropy; with `each`, the log-probability of every target, [N]. In fp32.
+        Without targets the likeliest token at each place, [N] int64.
+        """
         kind = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
         rows = self.rows or chunk_rows(self.weight.shape[0], kind)
         how = _How(logits=self.logits, dtype=dtype, rows=rows, train=torch.is_grad_enabled())
+        if target_ids is None:
+            return _likeliest(hidden_NH, self.weight, self.bias, how)
         function = _ChunkedLogProbs if each else _ChunkedCrossEntropy
         return function.apply(hidden_NH, self.weight, self.bias, target_ids, how)
 
@@ -154,6 +160,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 del raw, log_probs, of_raw
         pairs = ((grads.hidden, hidden), (grads.weight, weight), (grads.bias, bias))
         return *(None if grad is None else grad.to(of.dtype) for grad, of in pairs), None, None
+
+
+def _likeliest(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, how: _How) -> torch.Tensor:
+    found = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        compute_weight = weight.to(how.dtype)
+        for start in range(0, len(hidden), how.rows):
+            part = slice(start, start + how.rows)
+            found[part] = _of_vocabulary(hidden[part].to(how.dtype), compute_weight, bias, how)[1].argmax(-1)
+    return found
 
 
 def _of_vocabulary(

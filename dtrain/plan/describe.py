@@ -69,11 +69,14 @@ def _name(spec: object) -> str:
 
 
 def _eval(config: Config) -> str:
-    if not config.eval.fraction:
-        return "none: eval.fraction=0"
-    when = f"every {config.eval.every_steps} steps and at the end" if config.eval.every_steps else "at the end"
-    most = f", at most {config.eval.max_rows} rows of them" if config.eval.max_rows else ""
-    return f"{when}, on {config.eval.fraction * 100:g} % of the documents, held out{most}"
+    told, num = config.eval, len(config.eval.prompts)
+    when = f"every {told.every_steps} steps and at the end" if told.every_steps else "at the end"
+    most = f", at most {told.max_rows} rows of them" if told.max_rows else ""
+    samples = f"up to {told.max_new_tokens} tokens after each of {num} prompts" if num > 1 else \
+        f"up to {told.max_new_tokens} tokens after a prompt"  # fmt: skip
+    if not told.fraction:
+        return f"{when}, {samples}; no rows: eval.fraction=0" if num else "none: eval.fraction=0"
+    return f"{when}, on {told.fraction * 100:g} % of the documents, held out{most}" + f"; {samples}" * bool(num)
 
 
 def _saves(when: Checkpoint, num_bytes: int) -> str:

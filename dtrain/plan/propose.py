@@ -58,7 +58,7 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     Raises ConfigError, PlanError, ModelError.
     """
     config, name = configure(overrides, config_dir)
-    config = dataclasses.replace(config, template=config.template.settled())
+    config = dataclasses.replace(config, template=config.template.settled(), eval=config.eval.settled())
     strategies, left_out = _strategies(config_dir, config.plugins)
     machine = config.launcher.machine(look())
     if elsewhere and config.device == "cuda" and not machine.gpus:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from dtrain.trackers._words import duration
+
+_PROMPT, _TEXT = 60, 200
+"""The most characters of a sample that people are shown."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +59,41 @@ class EvalReport:
     """Of labels, where texts are classified."""
 
 
+class Sample(NamedTuple):
+    prompt: str
+    """As the model was given it."""
+    text: str
+    finish: str
+    """stop, or length where it came to no end."""
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplesReport:
+    """What the model goes on with after each of `eval.prompts`."""
+
+    step: int
+    samples: Sequence[Sample]
+    sample_s: float
+
+    def lines(self) -> list[str]:
+        """For people: of each the end of the prompt and the beginning of the text, as JSON on a line of its own, so
+        that nothing in them moves a cursor.
+        """
+        found = [f"samples at step {self.step}  ({duration(self.sample_s)})"]
+        for one in self.samples:
+            prompt = one.prompt if len(one.prompt) <= _PROMPT else f"...{one.prompt[3 - _PROMPT :]}"
+            text = one.text if len(one.text) <= _TEXT else f"{one.text[: _TEXT - 3]}..."
+            found.append(f"  {_quoted(prompt)} -> {_quoted(text)}")
+        return found
+
+
+def _quoted(text: str) -> str:
+    """With all escaped that is not to be printed."""
+    plain = json.dumps(text, ensure_ascii=False)
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in plain)
+
+
 class AbstractTracker(ABC):
     """A tracker never fails a run: what goes wrong in it is its own warning, once."""
 
@@ -65,6 +106,11 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def eval(self, report: EvalReport) -> None: ...
+
+    def samples(self, report: SamplesReport) -> None:
+        """As notes, unless the tracker has a better place for texts."""
+        for line in report.lines():
+            self.note(line)
 
     @abstractmethod
     def note(self, line: str) -> None:

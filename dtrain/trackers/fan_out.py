@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import final
 
-from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
+from dtrain.trackers.base import AbstractTracker, EvalReport, SamplesReport, StepReport
 
 
 @final
@@ -23,6 +23,9 @@ class FanOut(AbstractTracker):
 
     def eval(self, report: EvalReport) -> None:
         self._tell(lambda tracker: tracker.eval(report))
+
+    def samples(self, report: SamplesReport) -> None:
+        self._tell(lambda tracker: tracker.samples(report))
 
     def note(self, line: str) -> None:
         self._tell(lambda tracker: tracker.note(line))

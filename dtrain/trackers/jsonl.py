@@ -1,5 +1,5 @@
-"""metrics.jsonl and eval.jsonl: one JSON object a line; the loss as a picture at the end; and what labels the last eval
-took for which others.
+"""metrics.jsonl, eval.jsonl, samples.jsonl: one JSON object a line; the loss as a picture at the end; and what labels
+the last eval took for which others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TextIO, final
 
 from dtrain.config.spec import TrackerSpec, spec
 from dtrain.runs.files import dumps
-from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
+from dtrain.trackers.base import AbstractTracker, EvalReport, SamplesReport, StepReport
 
 
 @spec
@@ -38,10 +38,12 @@ class _Jsonl(AbstractTracker):
     def __init__(self, run_dir: Path, *, plot: bool) -> None:
         self._run_dir, self._plot = run_dir, plot
         self._metrics, self._evals = run_dir / "metrics.jsonl", run_dir / "eval.jsonl"
+        self._samples = run_dir / "samples.jsonl"
         self._files: dict[Path, _Lines] = {}
         self._warnings: list[str] = []
 
     def start(self, *, steps: int, first_step: int, lines: list[str]) -> None:
+        _keep_until(self._samples, first_step)
         for path in (self._metrics, self._evals):
             _keep_until(path, first_step)
             self._files[path] = _Lines(path, self._warnings)
@@ -61,6 +63,12 @@ class _Jsonl(AbstractTracker):
                     draw_confusion(report.confusion, self._run_dir / "confusion.png", f"eval at step {report.step}")
             except OSError as error:  # the next eval writes both anew
                 self._warnings.append(f"jsonl: no confusion of step {report.step}: {error.strerror}")
+
+    def samples(self, report: SamplesReport) -> None:
+        if self._samples not in self._files:  # most runs have none
+            self._files[self._samples] = _Lines(self._samples, self._warnings)
+        for one in report.samples:
+            self._files[self._samples].add(dumps({"step": report.step, **one._asdict()}))
 
     def note(self, line: str) -> None:
         """Notes are events; this file is for figures."""

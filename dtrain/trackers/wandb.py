@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from dtrain.config.spec import TrackerSpec, spec
 from dtrain.runs import redact_config
-from dtrain.trackers.base import AbstractTracker, EvalReport, StepReport
+from dtrain.trackers.base import AbstractTracker, EvalReport, Sample, SamplesReport, StepReport
 from dtrain.trackers.jsonl import row
 
 REACH_S = 3.0
@@ -98,6 +98,15 @@ def run_id(run_dir: Path, first_step: int) -> str:
     return made
 
 
+def _table(value: Any) -> Any:
+    """Samples as a table of W&B's, anything else as it is."""
+    if not isinstance(value, SamplesReport):
+        return value
+    import wandb
+
+    return wandb.Table(columns=list(Sample._fields), data=[list(one) for one in value.samples])
+
+
 @final
 class _Wandb(AbstractTracker):
     def __init__(self, values: Wandb, run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -116,6 +125,9 @@ class _Wandb(AbstractTracker):
 
     def eval(self, report: EvalReport) -> None:
         self._todo.put((report.step, names(report)))
+
+    def samples(self, report: SamplesReport) -> None:
+        self._todo.put((report.step, {"eval/samples": report}))
 
     def note(self, line: str) -> None:
         """Notes are for people at the console."""
@@ -141,7 +153,7 @@ class _Wandb(AbstractTracker):
         try:
             run = self._open()
             while not isinstance(item := self._todo.get(), str):
-                run.log(item[1], step=item[0])
+                run.log({key: _table(value) for key, value in item[1].items()}, step=item[0])
             run.finish(exit_code=0 if item == "done" else 1)
         except Exception as error:  # noqa: BLE001  wandb raises what it likes, and none of it may end a run
             self._warn(f"stopped: {type(error).__name__}: {error}")

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtrain.config import asked as _asked
 from dtrain.errors import DataError, UserError
-from dtrain.verbs import _asked, _model, _sampling
+from dtrain.verbs import _model, _sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if problems := [*_problems(args), *_sampling.problems(args)]:
         raise UserError.of(problems)
     named = _model.find(args)
-    asked = _asked.read(args.source, chat=args.chat) if args.source else [
+    asked = _asked.read(args.source, chat=args.chat, option="--in ") if args.source else [
         _asked.Asked("--prompt", {}, [{"role": "user", "content": text}] if args.chat else text) for text in args.prompt
     ]  # fmt: skip
     loaded = named.load(args.dtype, writes=True)

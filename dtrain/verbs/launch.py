@@ -109,6 +109,7 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
     """Fetch, make or find what the ranks read, and settle by it what was open."""
     from dtrain.data.prepare import prepare
     from dtrain.plan.settle import settle
+    from dtrain.verbs import _prompts
 
     config = proposal.config
     cache = Path(config.run.cache) if config.run.cache else Path(config.run.dir) / ".cache"
@@ -117,6 +118,7 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
     for line in prepared.lines():
         say(line)
     settled = settle(config, proposal.plan, proposal.strategies, prepared.objective, prepared.num_epoch_rows)
+    _prompts.check(settled, prepared)
     batch = proposal.plan.batch
     if settled.batch.global_batch != batch.global_batch:
         batch = dataclasses.replace(batch, global_batch=int(settled.batch.global_batch or 0))

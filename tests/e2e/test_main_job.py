@@ -211,6 +211,8 @@ def test_the_same_losses_in_every_form(folder: Path, zero3, strategy: str, procs
 
 
 def test_conversations(folder: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    (folder / "asked.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     done = dtrain(
         folder,
         "launch",
@@ -219,6 +221,10 @@ def test_conversations(folder: Path) -> None:
         "run.name=chats",
         "dataset.path=chats.jsonl",
         "template=plain",
+        'eval.prompts=["Who is number 3?"]',
+        "eval.prompts_file=asked.jsonl",
+        "eval.chat=true",
+        "eval.max_new_tokens=4",
         *SMALL,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -233,6 +239,12 @@ def test_conversations(folder: Path) -> None:
     assert all(0 < row["num_targets"] < 0.8 * row["tokens"] for row in metrics)  # what the user asks is not learned
     said = dtrain(folder, "generate", "chats", "--chat", "--prompt", "Who is number 3?", "--max-new-tokens", "4")
     assert said.returncode == 0, said.stderr
+    samples = rows(folder / "runs" / "chats" / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in samples] == [
+        (step, prompt) for step in (4, 8) for prompt in ("Who is number 3?", json.dumps(messages))
+    ]
+    assert samples[2]["text"] == said.stdout.removesuffix("\n")
+    assert "samples at step 8  (" in done.stdout
 
 
 PLUGIN = """

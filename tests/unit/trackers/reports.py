@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtrain.trackers.base import EvalReport, StepReport
+from dtrain.trackers.base import EvalReport, Sample, SamplesReport, StepReport
 
 
 def step_report(step: int, **changed: Any) -> StepReport:
@@ -16,3 +16,7 @@ def step_report(step: int, **changed: Any) -> StepReport:
 
 def eval_report(step: int, **changed: Any) -> EvalReport:
     return EvalReport(**{"step": step, "loss": 2.25, "num_targets": 90, "eval_s": 1.0, **changed})
+
+
+def samples_report(step: int) -> SamplesReport:
+    return SamplesReport(step, [Sample("a\n", "b\x1b[2J", "stop", 1), Sample("c" * 80, "d", "length", 9)], 0.5)

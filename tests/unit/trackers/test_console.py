@@ -14,7 +14,7 @@ import pytest
 
 from dtrain.trackers._words import count, duration, size
 from dtrain.trackers.console import Console
-from tests.unit.trackers.reports import eval_report, step_report
+from tests.unit.trackers.reports import eval_report, samples_report, step_report
 
 
 def lines(steps: int, first_step: int = 0, **values: object) -> list[str]:
@@ -55,6 +55,15 @@ def test_evaluations_and_notes_are_lines() -> None:
     tracker.eval(eval_report(5, extras={"perplexity": 9.5}))
     tracker.note("the last batch is short")
     assert stream.getvalue() == "eval at step 5  loss 2.2500  perplexity 9.5  (1s)\nthe last batch is short\n"
+
+
+def test_samples_are_a_line_each_and_move_no_cursor() -> None:
+    stream = io.StringIO()
+    Console().build(Path("/r"), {}, stream).samples(samples_report(5))
+    first, second, third = stream.getvalue().splitlines()
+    assert first.startswith("samples at step 5  (")
+    assert second == r'  "a\n" -> "b\u001b[2J"'
+    assert third == f'  "...{"c" * 57}" -> "d"'
 
 
 def test_mfu_only_where_it_is_known() -> None:

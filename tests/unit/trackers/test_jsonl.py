@@ -11,7 +11,7 @@ import pytest
 from dtrain.trackers._plot import limits, smooth
 from dtrain.trackers.base import AbstractTracker
 from dtrain.trackers.jsonl import Jsonl
-from tests.unit.trackers.reports import eval_report, step_report
+from tests.unit.trackers.reports import eval_report, samples_report, step_report
 
 KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu",
         "mem_bytes", "epoch", "samples"]  # fmt: skip
@@ -40,6 +40,18 @@ def test_one_object_a_step_with_exactly_these_keys(tmp_path: Path) -> None:
     evaluated = json.loads((tmp_path / "eval.jsonl").read_text())
     assert evaluated == {"step": 2, "loss": 2.25, "num_targets": 90, "eval_s": 1.0, "accuracy": 0.5}
     tracker.finish(outcome="done")
+
+
+def test_samples_have_a_file_of_their_own(tmp_path: Path) -> None:
+    tracker = started(tmp_path)
+    assert not (tmp_path / "samples.jsonl").exists()
+    for step in (1, 2):
+        tracker.samples(samples_report(step))
+    tracker.finish(outcome="stopped")
+    started(tmp_path, first_step=1).finish(outcome="done")  # step 2 is done again
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert rows[0] == {"step": 1, "prompt": "a\n", "text": "b\x1b[2J", "finish": "stop", "num_tokens": 1}
+    assert [(row["step"], row["num_tokens"]) for row in rows] == [(1, 1), (1, 9)]
 
 
 def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:

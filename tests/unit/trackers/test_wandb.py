@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from dtrain.trackers.fan_out import FanOut
 from dtrain.trackers.jsonl import Jsonl
 from dtrain.trackers.wandb import Wandb
 from dtrain.trackers.console import Console
-from tests.unit.trackers.reports import eval_report, step_report
+from tests.unit.trackers.reports import eval_report, samples_report, step_report
 
 run_dir = Path(sys.argv[1])
 config = {"model": {"hub_token": "hunter2hunter2", "name": "tiny"}}
@@ -30,7 +31,7 @@ trackers = FanOut([spec.build(run_dir, config, sys.stdout) for spec in (Console(
 slowest = 0
 for tell in [lambda: trackers.start(steps=3, first_step=int(os.environ.get("FIRST_STEP", "0")), lines=[])] + [
     lambda step=step: trackers.step(step_report(step, extras={"aux": 1.0})) for step in (1, 2, 3)
-] + [lambda: trackers.eval(eval_report(3))]:
+] + [lambda: trackers.eval(eval_report(3)), lambda: trackers.samples(samples_report(3))]:
     began = time.monotonic()
     tell()
     slowest = max(slowest, time.monotonic() - began)
@@ -59,6 +60,8 @@ def test_without_a_key_it_writes_to_disk_says_nothing_and_no_secret(tmp_path: Pa
     identity = (run_dir / "wandb" / "id").read_text().strip()
     files = list(run_dir.rglob("*.wandb"))
     assert [path.stem for path in files] == [f"run-{identity}"] * 2
+    tables = [json.loads(path.read_text()) for path in run_dir.rglob("*.table.json")]
+    assert [table["data"][1] for table in tables] == [["c" * 80, "d", "length", 9]] * 2
     written = b"".join(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
     assert b"train/loss" in written
     assert b"eval/loss" in written

@@ -23,50 +23,53 @@ class Asked(NamedTuple):
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
-def read(path: Path, *, chat: bool) -> list[Asked]:
-    """All rows; `chat`: a `prompt` is what a user says. Raises DataError with all that is wrong."""
+def read(path: Path, *, chat: bool, option: str) -> list[Asked]:
+    """All rows; `chat`: a `prompt` is what a user says; `option`: by which the file was named. Raises DataError with
+    all that is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--in {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"{option}{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found, problems = [], []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            found.append(_asked(place, json.loads(line), chat=chat))
+            found.append(asked(place, json.loads(line), chat=chat))
         except ValueError as error:
-            problems.append(f"{place}: {error if isinstance(error, _RowError) else f'not JSON: {error}'}")
+            problems.append(f"{place}: {error if isinstance(error, RowError) else f'not JSON: {error}'}")
     if problems:
         more = [f"  and {len(problems) - _MOST_TOLD:,} more"] if len(problems) > _MOST_TOLD else []
         raise DataError.of([*problems[:_MOST_TOLD], *more])
     if not found:
-        raise DataError(f"--in {path}: no rows; each line is to be an object with `prompt` or `messages`")
+        raise DataError(f"{option}{path}: no rows; each line is to be an object with `prompt` or `messages`")
     return found
 
 
-class _RowError(ValueError):
+class RowError(ValueError):
     """What is wrong with a row."""
 
 
-def _asked(place: str, row: Any, *, chat: bool) -> Asked:
+def asked(place: str, row: Any, *, chat: bool) -> Asked:
+    """Of one row. Raises RowError."""
     if not isinstance(row, dict):
-        raise _RowError("not an object with `prompt` or `messages`")
+        raise RowError("not an object with `prompt` or `messages`")
     if taken := [key for key in ADDED if key in row]:
-        raise _RowError(f"has `{taken[0]}` already, which the answer would have; rename it")
+        raise RowError(f"has `{taken[0]}` already, which the answer would have; rename it")
     if ("prompt" in row) == ("messages" in row):
-        raise _RowError(f"needs `prompt` or `messages`, one of the two; it has {', '.join(row) or 'nothing'}")
+        raise RowError(f"needs `prompt` or `messages`, one of the two; it has {', '.join(row) or 'nothing'}")
     if "prompt" in row:
         prompt = row["prompt"]
         if not isinstance(prompt, str) or not prompt:
-            raise _RowError("`prompt` is no text, or an empty one")
+            raise RowError("`prompt` is no text, or an empty one")
         return Asked(place, row, [{"role": "user", "content": prompt}] if chat else prompt)
     messages = row["messages"]
     if not isinstance(messages, list) or not messages or not all(_is_message(one) for one in messages):
-        raise _RowError("`messages` is not a list of objects with `role`, and `content` or `tool_calls`")
+        raise RowError("`messages` is not a list of objects with `role`, and `content` or `tool_calls`")
     if messages[-1]["role"] == "assistant":
-        raise _RowError("`messages` ends with a turn of the assistant, which is what is asked for; leave it out")
+        raise RowError("`messages` ends with a turn of the assistant, which is what is asked for; leave it out")
     return Asked(place, row, messages, row.get("tools"))
 
 
