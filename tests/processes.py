@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,9 +19,24 @@ PRELOAD = ["torch", "torch.distributed", "transformers.models.qwen2.modeling_qwe
 """Imported once, in the process that all ranks are forked from: a test then costs tenths of a second, not many."""
 
 
-def _rank(rank: int, size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any) -> None:
+def open_store() -> Any:
+    """A store of torch's that ranks meet in, at `store.port`, as torchrun keeps one for its ranks: it has its port from
+    the moment it is open, where one that is looked for first may be another's before rank 0 opens it.
+    """
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def as_rank(rank: int, size: int, port: int) -> None:
+    """Give this process the environment of a rank that meets the others in the store at `port`."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")  # fmt: skip
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                      GLOO_SOCKET_IFNAME="lo")  # fmt: skip
+
+
+def _rank(rank: int, size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Any) -> None:
+    as_rank(rank, size, port)
     import torch
 
     torch.set_num_threads(1)
@@ -31,8 +45,8 @@ def _rank(rank: int, size: int, port: int, fn: Callable[..., Any], args: tuple[A
         pipe.send((fn(*args), None))
     except BaseException:
         pipe.send((None, traceback.format_exc()))
-    # Stay until all have spoken: rank 0 serves the store. Then leave without teardown: torch's process group and DDP
-    # can wait for each other there for ever.
+    # Stay until all have spoken: who leaves closes connections that others may still read. Then leave without teardown:
+    # torch's process group and DDP can wait for each other there for ever.
     pipe.poll(60)
     os._exit(0)
 
@@ -41,11 +55,11 @@ def run_ranks(fn: Callable[..., Any], *args: Any, size: int = 2, timeout_s: floa
     """What `fn(*args)` returns on each of `size` processes, in order of rank. Kills what hangs, and names it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    port = free_port()
+    store = open_store()
     pipes, ends, procs = {}, [], []
     for rank in range(size):
         ours, theirs = context.Pipe()
-        proc = context.Process(target=_rank, args=(rank, size, port, fn, args, theirs), daemon=True)
+        proc = context.Process(target=_rank, args=(rank, size, store.port, fn, args, theirs), daemon=True)
         proc.start()
         theirs.close()
         pipes[ours] = rank
@@ -76,9 +90,3 @@ def run_ranks(fn: Callable[..., Any], *args: Any, size: int = 2, timeout_s: floa
             if proc.is_alive():
                 proc.kill()
                 proc.join()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -23,7 +23,7 @@ from dtrain.config.spec import Command
 from dtrain.failpoints import VARIABLE
 from dtrain.launchers.verdict import judge
 from dtrain.runs import Outcome, RunDir
-from tests.processes import PRELOAD, free_port
+from tests.processes import PRELOAD, as_rank, open_store
 
 TYPED = ["dataset=files", "dataset.path=texts.jsonl", "dataset.max_length=32", "model.hidden=32", "model.layers=2",
          "model.intermediate=56", "model.vocab=300", "model.max_positions=32", "batch.global_batch=4", "eval.fraction=0.05",
@@ -73,8 +73,8 @@ def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ende
 def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, **how: Any) -> Outcome:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    size, port = run.read_manifest()["size"], free_port()
-    procs = [context.Process(target=_rank, args=(rank, size, port, run.path, attempt, fault.fail, fault.before), daemon=True)
+    size, store = run.read_manifest()["size"], open_store()
+    procs = [context.Process(target=_rank, args=(rank, size, store.port, run.path, attempt, fault.fail, fault.before), daemon=True)
              for rank in range(size)]  # fmt: skip
     for proc in procs:
         proc.start()
@@ -105,9 +105,8 @@ def _watch(procs: Sequence[Any], kill: Callable[[], bool], others_s: float, dead
 
 def _rank(rank: int, size: int, port: int, run: Path, attempt: int, fail: str | None,
           before: Callable[[], None] | None) -> None:  # fmt: skip
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-                      DTRAIN_ATTEMPT=str(attempt))  # fmt: skip
+    as_rank(rank, size, port)
+    os.environ["DTRAIN_ATTEMPT"] = str(attempt)
     if fail is not None:
         os.environ[VARIABLE] = fail
     import torch

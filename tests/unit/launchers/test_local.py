@@ -53,7 +53,7 @@ def test_one_process_gets_the_environment_of_a_rank() -> None:
     command = build(1)
     assert command.argv[:4] == [sys.executable, "-u", "-m", "dtrain"]
     assert World.from_env("cpu", command.env) == World(rank=0, size=1, local_rank=0, local_size=1, device="cpu")
-    assert int(command.env["MASTER_PORT"]) > 1023
+    assert command.env["MASTER_PORT"] == "0", "one that is free now may be another's before the rank opens it"
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
