@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dtrain.checkpoint.manifest import Manifest
-from dtrain.checkpoint.safetensors import DTYPES, Writer, plan_shards, read_header
+from dtrain.checkpoint.safetensors import FORMATS, Writer, plan_shards, read_header
 from dtrain.checkpoint.storage import WEIGHT, Reader
 from dtrain.errors import ExportError
 from dtrain.folders import discard, whole_folder
@@ -101,7 +101,7 @@ def read_export(folder: Path) -> Tensors:
     if not files:
         raise ExportError(f"{folder}: no *.safetensors in it; give a run, a checkpoint or an exported folder")
     headers = {file: read_header(file) for file in files}
-    dtypes = {code: dtype for dtype, code, _ in DTYPES.values()}
+    dtypes = {code: dtype for dtype, code, _ in FORMATS.values()}
     shapes: dict[str, tuple[int, ...]] = {}
     for file, entries in headers.items():
         for name, (entry, _) in entries.items():
@@ -151,9 +151,9 @@ def read_checkpoint(folder: Path, of: Manifest) -> Tensors:
 def dtype_of(folder: Path) -> str:
     """Our name of the precision that an export is in. Raises ExportError."""
     said = json.loads((folder / "config.json").read_text()).get("dtype")
-    found = [name for name, (dtype, *_) in DTYPES.items() if str(dtype) == f"torch.{said}"]
+    found = [name for name, (dtype, *_) in FORMATS.items() if str(dtype) == f"torch.{said}"]
     if not found:
-        raise ExportError(f"{folder}/config.json: dtype={said}: none of {', '.join(DTYPES)}; name one with --dtype")
+        raise ExportError(f"{folder}/config.json: dtype={said}: none of {', '.join(FORMATS)}; name one with --dtype")
     return found[0]
 
 
@@ -182,7 +182,7 @@ def _write_tensors(
         writer.close()
     assert next(source, None) is None, "more tensors than were announced"
     if len(files) > 1:
-        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPES[dtype][2]
+        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * FORMATS[dtype][2]
         index = {
             "metadata": {"total_size": total},
             "weight_map": {n: title for title, names in zip(titles, files, strict=True) for n in names},
@@ -194,5 +194,5 @@ def _copy_assets(assets: Path, folder: Path, dtype: str) -> None:
     copy_assets(assets, folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = str(DTYPES[dtype][0]).removeprefix("torch.")
+    config["dtype"] = str(FORMATS[dtype][0]).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

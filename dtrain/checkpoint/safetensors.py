@@ -16,8 +16,9 @@ from typing import BinaryIO, NamedTuple, final
 import torch
 
 from dtrain.errors import CheckpointError
+from dtrain.models.base import DTYPES
 
-DTYPES = {"fp32": (torch.float32, "F32", 4), "bf16": (torch.bfloat16, "BF16", 2), "fp16": (torch.float16, "F16", 2)}
+FORMATS = {"fp32": (DTYPES["fp32"], "F32", 4), "bf16": (DTYPES["bf16"], "BF16", 2), "fp16": (DTYPES["fp16"], "F16", 2)}
 """By our name: torch's, the format's, bytes of an element."""
 _ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 _LARGEST_HEADER = 10**8
@@ -77,7 +78,7 @@ def plan_shards(shapes: Mapping[str, Sequence[int]], dtype: str, max_bytes: floa
     files: list[list[str]] = []
     room = 0.0
     for name, shape in shapes.items():
-        size = math.prod(shape) * DTYPES[dtype][2]
+        size = math.prod(shape) * FORMATS[dtype][2]
         if not files or size > room:
             files.append([])
             room = max_bytes
@@ -91,7 +92,7 @@ class Writer:
     """One safetensors file; tensors are given in the order of `shapes`. Flushed to disk when closed."""
 
     def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], dtype: str) -> None:
-        self._torch_dtype, code, _ = DTYPES[dtype]
+        self._torch_dtype, code, _ = FORMATS[dtype]
         self._names: Iterator[tuple[str, Sequence[int]]] = iter(shapes.items())
         self._file: BinaryIO = path.open("wb")
         self._file.write(header({name: Entry(code, tuple(shape)) for name, shape in shapes.items()}))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dtrain.checkpoint.safetensors import DTYPES
 from dtrain.config import frozen
-from dtrain.models.base import Setting
+from dtrain.models.base import DTYPES, Setting
 from dtrain.objectives.base import Around
 from dtrain.plan.batch import BatchPlan
 from dtrain.strategies._place import materialise
@@ -75,7 +74,7 @@ def start_digest(config: Config, assets: Path) -> str:
 
 def _copy(config: Config, assets: Path, comm: AbstractComm) -> nn.Module:
     """The model before training. Collective."""
-    dtype = DTYPES[config.train.precision][0]
+    dtype = DTYPES[config.train.precision]
     made = config.model.build(assets, seed=config.run.seed)
     made.choose_attention(Setting(comm.device, dtype, config.dataset.packing), comm)
     materialise(made.module, comm.device, dtype)

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.checkpoint.export import Adapter, with_frozen, write_export
 from dtrain.checkpoint.manifest import Manifest, Parameter
-from dtrain.checkpoint.safetensors import DTYPES
 from dtrain.checkpoint.storage import WEIGHT, file_name
 from dtrain.checkpoint.tuned import base_of
 from dtrain.config import frozen
@@ -26,7 +25,7 @@ from dtrain.engine.proof import Proof
 from dtrain.engine.samples import Sampler
 from dtrain.engine.state import State
 from dtrain.errors import CheckpointError
-from dtrain.models.base import AbstractWeights, Attention, Setting
+from dtrain.models.base import DTYPES, AbstractWeights, Attention, Setting
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
 from dtrain.runs.folder import utc
@@ -157,7 +156,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     assert config.optim.lr != "auto"
     torch.manual_seed(config.run.seed)
     bundle = config.model.build(assets, seed=config.run.seed)
-    setting = Setting(comm.device, DTYPES[config.train.precision][0], config.dataset.packing)
+    setting = Setting(comm.device, DTYPES[config.train.precision], config.dataset.packing)
     attention = bundle.choose_attention(setting, comm)
     bundle = config.tuning.apply(bundle, seed=config.run.seed)
     if config.train.activation_checkpointing:

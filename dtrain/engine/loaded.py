@@ -14,9 +14,8 @@ from torch import nn
 
 from dtrain.data.tokenizer import TextTokenizer, stop_ids
 from dtrain.errors import ModelError
+from dtrain.models.base import DTYPES
 from dtrain.models.outputs import has_outputs
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Loaded:
         from dtrain.strategies._place import materialise
 
         made = build_causal(self.folder, seed=0)
-        materialise(made.module, self.device, _DTYPES[self.dtype])
+        materialise(made.module, self.device, DTYPES[self.dtype])
         with torch.no_grad():
             for name, param in made.module.named_parameters():
                 param.copy_(made.weights.read(name, 0, param.numel()).view(param.shape))
@@ -84,7 +83,7 @@ def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded
                              f"nothing; transformers' AutoModelForSequenceClassification loads it, and `dtrain eval` "
                              f"measures it")  # fmt: skip
         return Loaded(folder, None, tokenizer, frozenset(), None, device, dtype)
-    kind = torch.float32 if base is not None and not writes else _DTYPES[dtype]
+    kind = torch.float32 if base is not None and not writes else DTYPES[dtype]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             base or folder, dtype=kind, use_safetensors=True, trust_remote_code=False
@@ -97,7 +96,7 @@ def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded
     model.generation_config = GenerationConfig()
     if base is not None:
         model = _with_adapter(model, folder, merged=not writes)
-    model.to(device=device, dtype=_DTYPES[dtype]).eval().requires_grad_(requires_grad=False)
+    model.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(requires_grad=False)
     virtual = 0 if base is None else num_virtual(folder)
     if max_positions is not None:
         max_positions -= virtual

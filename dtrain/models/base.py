@@ -14,6 +14,9 @@ from torch import nn
 
 from dtrain.comm import AbstractComm
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that precisions have in configurations."""
+
 
 class AbstractWeights(ABC):
     """Full fp32 values of parameters, one at a time, so that no rank ever holds a whole model."""

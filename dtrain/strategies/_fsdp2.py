@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.errors import PlanError
-from dtrain.models.base import ModelBundle
+from dtrain.models.base import DTYPES, ModelBundle
 from dtrain.strategies._place import (
     LossScale,
     clip_factor,
@@ -31,8 +31,6 @@ from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_l
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World
-
-_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @final
@@ -49,8 +47,8 @@ class _FSDP2(AbstractStrategy):
         self._scale = LossScale(enabled=optim.precision == "fp16")
 
     def wrap(self, bundle: ModelBundle) -> None:
-        recast_frozen(bundle.module, _COMPUTE[self._optim.precision])
-        policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[self._optim.precision], reduce_dtype=torch.float32)
+        recast_frozen(bundle.module, DTYPES[self._optim.precision])
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES[self._optim.precision], reduce_dtype=torch.float32)
         for block in bundle.blocks:
             fully_shard(block, mesh=self._mesh, mp_policy=policy, reshard_after_forward=self._reshard)
         root = fully_shard(bundle.module, mesh=self._mesh, mp_policy=policy)

@@ -22,15 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dtrain.models.base import AbstractWeights, ModelBundle
+from dtrain.models.base import DTYPES, AbstractWeights, ModelBundle
 from dtrain.strategies._place import fill, make_state, materialise, updates_of
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World
     from dtrain.strategies.zero import ZeRO
-
-_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @final
@@ -42,7 +40,7 @@ class _ZeRO(AbstractStrategy):
 
     def wrap(self, bundle: ModelBundle) -> None:
         module, config = bundle.module, self._config()
-        dtype = _COMPUTE[self._optim.precision]
+        dtype = DTYPES[self._optim.precision]
         if self._spec.stage == 3:
             self._partition(module, bundle.weights, config, dtype)
         else:
