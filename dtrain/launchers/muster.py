@@ -26,7 +26,7 @@ from dtrain.launchers._network import interface_of, towards
 from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
 from dtrain.runs.files import read_json, write_json
-from dtrain.runs.lock import BEAT_S
+from dtrain.runs.lock import BEAT_S, Holder
 
 LOOK_S = 0.2
 TOUCH_S = 1.0
@@ -54,10 +54,12 @@ class Go:
     host: str
     port: int
     id: str
-    deadline: float | None
-    """By the clock: when the job's time is over."""
+    left_s: float | None
+    """Until the job's time is over, when this is written."""
     nodes: int
     """Machines that take part."""
+    leader: dict[str, Any]
+    """Who holds the run's lock meanwhile: whoever else does leads another start."""
 
 
 class _Touched:
@@ -110,10 +112,10 @@ class Leader:
 
     node = 0
 
-    def __init__(self, run: RunDir, gathering: Gathering, num_others: int, digest: str,
+    def __init__(self, run: RunDir, gathering: Gathering, num_others: int, digest: str, holder: Holder,
                  say: Callable[[str], None]) -> None:  # fmt: skip
         self._run, self._gathering, self._num_others = run, gathering, num_others
-        self._digest, self._say = digest, say
+        self._digest, self._holder, self._say = digest, holder, say
         self._members: list[_Member] = []
         self._seen: dict[str, _Touched] = {}
         self._before = {folder.name for folder in _folders(run)}
@@ -139,19 +141,20 @@ class Leader:
             thread.join()
 
     def meet(self, attempt: int, deadline: float | None) -> Meeting:
-        """Tell the others, who have come, where to meet."""
+        """Tell the others, who have come, where to meet; `deadline`: by this machine's clock, when the time is over."""
         host = self._gathering.host or self._address()
         port, name = self._gathering.port or free_port(), secrets.token_hex(8)
-        nodes = len(self._members) + 1
+        nodes, left_s = len(self._members) + 1, None if deadline is None else deadline - time.time()
         for member in self._members:
-            go = Go(attempt, member.node, host, port, name, deadline, nodes)
+            go = Go(attempt, member.node, host, port, name, left_s, nodes, dataclasses.asdict(self._holder))
             write_json(member.folder / "go.json", dataclasses.asdict(go))
         self._run.joined.unlink(missing_ok=True)
         if nodes > self._num_others:
             (self._run.nodes / OPEN).unlink(missing_ok=True)
             too_many = Over(2, f"launcher.nodes={nodes}: that many machines have come already")
             for folder in self._others():
-                _tell(folder / "over.json", dataclasses.asdict(too_many))
+                if not (folder / "go.json").exists():  # else another leader's, which will see that that one is gone
+                    _tell(folder / "over.json", dataclasses.asdict(too_many))
         local = self._address()
         return Meeting(host, port, name, is_host=True, local=local, interface=interface_of(local))
 
@@ -184,8 +187,12 @@ class Leader:
             if said.get("digest") == self._digest:
                 host = str(said.get("host"))
             else:
-                _tell(folder / "over.json", dataclasses.asdict(Over(2, f"{self._run.path}: {_ANOTHER}")))
+                self._send_away(folder, said)
         return host
+
+    def _send_away(self, folder: Path, said: dict[str, Any]) -> None:
+        self._say(f"{said.get('host')}: {_ANOTHER}; it is sent away")
+        _tell(folder / "over.json", dataclasses.asdict(Over(2, f"{self._run.path}: {_ANOTHER}")))
 
     def reports(self, *, failed: bool) -> list[NodeEnd]:
         """How the others ended, once all have, or had their time; `failed`: they are not to go on."""
@@ -261,20 +268,27 @@ class Leader:
         return len(self._members) + 1
 
     def _here(self) -> list[_Member]:
-        """Those that wait now. Raises RunError where one has been told something else."""
+        """Those that wait now. Raises RunError where one has been told something else and all are needed; a run that
+        may do with fewer, and perhaps is on its way, does without it.
+        """
         found = []
         for folder in _folders(self._run):
             if (said := self._waits(folder)) is None:
                 continue
             if said.get("digest") != self._digest:
-                raise RunError(f"{said.get('host')}: {_ANOTHER}")
+                if self._gathering.least is None:
+                    raise RunError(f"{said.get('host')}: {_ANOTHER}")
+                self._send_away(folder, said)
+                continue
             found.append(_Member(folder, str(said.get("host")), self._seen[folder.name]))
         return found
 
     def _waits(self, folder: Path) -> dict[str, Any] | None:
-        """What the machine said that waits there now; None where it does not, or may have been killed."""
+        """What the machine said that waits there now; None where it does not, has its place in a start that another one
+        has led, or may have been killed.
+        """
         said = read_json(folder / "here.json")
-        if said is None or (folder / "over.json").exists():
+        if said is None or any((folder / word).exists() for word in ("go.json", "over.json")):
             return None
         touched = self._seen.setdefault(folder.name, _Touched(folder / "here.json"))
         if touched.silent_s() > SILENT_S or (folder.name in self._before and not touched.moved):
@@ -289,7 +303,8 @@ class Leader:
     def _address(self) -> str:
         """By which the others reach this machine."""
         ways = (towards(one.host) for one in self._members)
-        return next((way for way in ways if way is not None), None) or socket.gethostname()
+        # The names of others may say nothing here, as in a cluster whose pods have names of a service.
+        return next((way for way in ways if way is not None), None) or self._gathering.host or socket.gethostname()
 
     def _report(self, member: _Member) -> NodeEnd | None:
         said = read_json(member.folder / "end.json")
@@ -305,6 +320,8 @@ class Follower:
         self._folder = run.nodes / self.token
         self._touched_at = self._looked_at = time.monotonic()
         self._led = True
+        self._leader: Holder | None = None
+        """Whoever has said that it is to go; it follows nobody else."""
         self.node = -1
         """Known once the leader has said it."""
         self._folder.mkdir(parents=True)
@@ -321,7 +338,7 @@ class Follower:
                 return over
             if (said := read_json(self._folder / "go.json")) is not None:
                 go = Go(**said)
-                self.node = go.node
+                self.node, self._leader = go.node, Holder(**go.leader)
                 return go
             if self._is_led():
                 began = time.monotonic()
@@ -375,7 +392,8 @@ class Follower:
         """Looks at the lock now and then: on another machine that makes a file, to tell the time by."""
         now = time.monotonic()
         if now - self._looked_at >= TOUCH_S:
-            self._looked_at, self._led = now, self._run.holder() is not None
+            holder = self._run.holder()
+            self._looked_at, self._led = now, holder is not None and self._leader in (None, holder)
         return self._led
 
     def leave(self) -> None:
@@ -393,7 +411,7 @@ def enter(run: RunDir, gathering: Gathering, num_nodes: int, digest: str,
     while gathering.leads is not False:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(run.lock(note=say))
+                holder = stack.enter_context(run.lock(note=say))
             except RunError:
                 if gathering.leads is None and (run.nodes / OPEN).exists():
                     break
@@ -403,11 +421,11 @@ def enter(run: RunDir, gathering: Gathering, num_nodes: int, digest: str,
                 continue
             run.nodes.mkdir(exist_ok=True)
             (run.nodes / OPEN).touch()
-            leader = Leader(run, gathering, num_nodes - 1, digest, say)
+            leader = Leader(run, gathering, num_nodes - 1, digest, holder, say)
             try:
                 yield leader
             except BaseException as error:
-                leader.dismiss(error.exit_code if isinstance(error, DtrainError) else 3, str(error))
+                leader.dismiss(*_said(error))
                 raise
             finally:
                 leader.forget()
@@ -417,6 +435,13 @@ def enter(run: RunDir, gathering: Gathering, num_nodes: int, digest: str,
         yield follower
     finally:
         follower.leave()
+
+
+def _said(error: BaseException) -> tuple[int, str]:
+    """With what exit code, and what to say, all are to end for it."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code, "the node that leads was told to end"
+    return error.exit_code if isinstance(error, DtrainError) else 3, str(error)
 
 
 def _folders(run: RunDir) -> Sequence[Path]:

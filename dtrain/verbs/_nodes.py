@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
     _say(f"{host} is node {word.node}; {word.host} leads")
     topology = dataclasses.replace(proposal.plan.topology, nodes=word.nodes)
     command = proposal.config.launcher.command(run.path, worker(run, proposal), topology, follower.meeting(word))
-    end = serve(command, run, word.attempt, follower, deadline=word.deadline, hang_after=proposal.config.run.hang_after)
+    deadline = None if word.left_s is None else time.time() + word.left_s
+    end = serve(command, run, word.attempt, follower, deadline=deadline, hang_after=proposal.config.run.hang_after)
     over = follower.report(end)
     if over is not None and over.again:
         return None

@@ -16,6 +16,7 @@ FAILURES = ("worker", "hang", "storage", "lost", "launcher")
 def forget(run: RunDir) -> None:
     """Remove what was asked of an earlier start; what the script of this one has asked stays."""
     batch = os.environ.get("DTRAIN_BATCH")
+    run.joined.unlink(missing_ok=True)
     for path in (run.stop_trigger, run.requeue):
         if batch is None or not path.is_file() or path.read_text(encoding="utf-8").strip() != batch:
             path.unlink(missing_ok=True)

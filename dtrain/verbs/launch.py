@@ -53,19 +53,27 @@ def launch(overrides: list[str], args: argparse.Namespace) -> int:
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
     from dtrain.runs import RunDir
-    from dtrain.verbs import _nodes, _restart, _submit
+    from dtrain.verbs import _nodes, _submit, _told
 
     proposal = propose(overrides, args.config_dir)
     config, plan = proposal.config, proposal.plan
     run = RunDir(Path(config.run.dir) / config.run.name)
     job = config.launcher.job(run.path, words(overrides, args))
     if plan.topology.nodes > 1 and job is None and not args.dry_run:
-        return _nodes.launch(run, proposal)
+        with _told.heeded(config.launcher.restarts().code or STOPPED):
+            return _nodes.launch(run, proposal)
     print(describe(config, plan), flush=True)
     if job is not None:
         return _submit.show(job) if args.dry_run else _submit.submit(job, [run], [proposal])
     if args.dry_run:
         return _show_command(run, proposal)
+    with _told.heeded(config.launcher.restarts().code or STOPPED):
+        return _alone(run, proposal)
+
+
+def _alone(run: RunDir, proposal: Proposal) -> int:
+    from dtrain.verbs import _restart
+
     check_folder(run)
     prepared, settled = prepare_all(proposal)
     with run.lock(note=say):

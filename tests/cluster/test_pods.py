@@ -23,14 +23,16 @@ TYPED = [*SMALL, "dataset.path=texts.jsonl", "launcher=k8s", "launcher.image=dtr
          "run.dir='$(HOSTNAME) x'", "run.name=first"]  # fmt: skip
 
 
-def pods(folder: Path, spec: dict[str, Any]) -> list[subprocess.Popen[str]]:
-    """As the controllers start them, but for the image and the name of the first one, which is this machine."""
+def pods(folder: Path, spec: dict[str, Any], first: int = 0) -> list[subprocess.Popen[str]]:
+    """As the controllers start them, but for the image and the name of the first one, which is this machine. `first`:
+    of those that are started.
+    """
     job = spec["spec"]["replicatedJobs"][0]["template"]["spec"]
     (inside,) = job["template"]["spec"]["containers"]
     env = {one["name"]: one["value"].replace("$$", "$") for one in inside["env"]} | {"DTRAIN_LEAD": "127.0.0.1"}
     command = [word.replace("$$", "$") for word in inside["command"]]
     started = []
-    for number in range(job["completions"]):
+    for number in range(first, job["completions"]):
         with (folder / f"pod-{number}.log").open("a") as out:
             started.append(subprocess.Popen(
                 command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
@@ -53,8 +55,14 @@ def test_a_pod_that_is_told_to_go_is_made_again_and_the_run_goes_on(tmp_path: Pa
     assert made is not None
     spec = yaml.safe_load(made.script)
     run = RunDir(tmp_path / "$(HOSTNAME) x" / "first")
-    started = pods(tmp_path, spec)
+    started = pods(tmp_path, spec, first=1)
     try:
+        until(lambda: "waiting for the node that leads" in (tmp_path / "pod-1.log").read_text(), 30)
+        started[0].send_signal(signal.SIGTERM)
+        assert started[0].wait(10) == 75
+        assert "SIGTERM: ended while no rank ran" in (tmp_path / "pod-1.log").read_text()
+        assert list(run.nodes.glob("*")) == []
+        started = pods(tmp_path, spec)
         until(lambda: run.metrics.exists() or any(one.poll() is not None for one in started), 90)
         started[1].send_signal(signal.SIGTERM)
         said = lambda: "".join(path.read_text() for path in tmp_path.glob("pod-*.log"))  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from dtrain.launchers.muster import Follower, Go, Leader, Over, enter
 from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
 from dtrain.runs.files import write_json
+from dtrain.runs.lock import Holder
 
 PATIENT = Gathering(timeout_s=20)
 GOOD, BAD = NodeEnd("other", 0), NodeEnd("other", 1)
@@ -55,13 +57,14 @@ def test_the_first_leads_and_the_others_do_as_it_says(run: RunDir, other: Any) -
         assert isinstance(leader, Leader)
         ready.set()
         leader.wait()
-        meeting = leader.meet(4, 123.0)
+        meeting = leader.meet(4, time.time() + 123)
         assert meeting.is_host
         assert [end.host for end in leader.reports(failed=False)] == ["other"] * 2
         leader.dismiss(75, "stopped")
         words = [one.result(10) for one in followers]
     assert sorted(go.node for go, _ in words) == [1, 2]
-    assert {(go.attempt, go.deadline, go.port, go.id) for go, _ in words} == {(4, 123.0, meeting.port, meeting.id)}
+    assert {(go.attempt, go.port, go.id) for go, _ in words} == {(4, meeting.port, meeting.id)}
+    assert [go.left_s for go, _ in words] == pytest.approx([123] * 2, abs=5), "no clock of one is another's"
     assert [over for _, over in words] == [Over(75, "stopped")] * 2
     assert list(run.nodes.iterdir()) == []
 
@@ -136,6 +139,17 @@ def test_another_configuration_is_refused_on_all(run: RunDir, other: Any) -> Non
     assert "another configuration" in word.message
 
 
+def test_a_leader_that_is_told_to_end_has_all_end_so(run: RunDir, other: Any) -> None:
+    ready = threading.Event()
+    follower = other(follow, run, ready)
+    with pytest.raises(SystemExit), lead(run, 3) as leader:  # noqa: PT012
+        ready.set()
+        while not leader.come():
+            time.sleep(0.02)
+        raise SystemExit(75)
+    assert follower.result(10)[0].exit_code == 75
+
+
 def test_one_too_many_is_sent_home(run: RunDir, other: Any) -> None:
     first, second = Follower(run, "d", PATIENT), Follower(run, "d", PATIENT)
     waiting = [other(first.wait), other(second.wait)]
@@ -176,6 +190,33 @@ def test_enough_are_enough_and_one_that_comes_later_is_seen(run: RunDir) -> None
         again.leave()
 
 
+def test_another_configuration_ends_no_run_that_may_do_without_it(run: RunDir) -> None:
+    lines: list[str] = []
+    with enter(run, SOME, 3, "d", lines.append) as leader:
+        assert isinstance(leader, Leader)
+        stray, welcome = Follower(run, "e", SOME), Follower(run, "d", SOME)
+        assert leader.wait() == 2
+        assert isinstance(sent_away := stray.wait(), Over)
+        assert (sent_away.exit_code, "another configuration" in sent_away.message) == (2, True)
+        leader.meet(0, None)
+        assert isinstance(welcome.wait(), Go)
+    assert [line for line in lines if "another configuration" in line and line.endswith("it is sent away")]
+    stray.leave()
+    welcome.leave()
+
+
+def test_where_names_say_nothing_the_leader_goes_by_its_own(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods know each other's names by a service, which is in the one of the leader alone."""
+    monkeypatch.setattr(muster, "towards", lambda host: None)
+    pods = Gathering(leads=True, host="first-node-0-0.first", port=29400, timeout_s=20)
+    with lead(run, gathering=pods) as leader:
+        follower = Follower(run, "d", PATIENT)
+        leader.wait()
+        meeting = leader.meet(0, None)
+        assert (meeting.host, meeting.local) == (pods.host, pods.host)
+        follower.leave()
+
+
 def test_one_that_is_gone_is_lost_sooner_than_it_would_be_missed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muster, "GONE_S", 0.2)
     with lead(run) as leader:
@@ -193,6 +234,29 @@ def test_a_follower_leads_where_the_leader_has_gone(run: RunDir) -> None:
     follower = Follower(run, "d", Gathering(timeout_s=20))
     assert follower.wait() is None
     follower.leave()
+
+
+def test_whoever_follows_one_that_is_gone_follows_no_other(
+    run: RunDir, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one may lead before the machines of the last one have seen that it is gone."""
+    monkeypatch.setattr(muster, "TOUCH_S", 0.0)
+    with lead(run) as leader:
+        left = Follower(run, "d", PATIENT)
+        leader.wait()
+        leader.meet(0, None)
+        assert isinstance(left.wait(), Go)
+        assert left.trouble() is None
+    me = Holder.me()
+    monkeypatch.setattr(Holder, "me", lambda: dataclasses.replace(me, since="later"))
+    with lead(run, 2, Gathering(timeout_s=20, least=1, last_call_s=0.7)) as leader:
+        assert left.trouble() == "the node that leads is gone"
+        reported = other(left.report, BAD)
+        assert leader.wait() == 1
+        leader.meet(1, None)
+        assert leader.trouble() is None
+        assert reported.result(10) is None
+    left.leave()
 
 
 def test_a_leader_that_never_comes_is_told(run: RunDir) -> None:
