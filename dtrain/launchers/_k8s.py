@@ -93,7 +93,8 @@ def _pod(launcher: K8s, command: Sequence[str], container: str, lead: str, *, re
         "command": [literal(word) for word in command], "env": env,
         "resources": {"requests": amounts, "limits": amounts},
         "ports": [{"name": "meeting", "containerPort": launcher.port}],
-        "securityContext": {"allowPrivilegeEscalation": False},
+        # Not of the pod: Kubeflow puts a container of its own before ours, whose image may start as root.
+        "securityContext": {"runAsNonRoot": True, "allowPrivilegeEscalation": False},
         "volumeMounts": [{"name": "work", "mountPath": launcher.mount}, {"name": "shm", "mountPath": "/dev/shm"}],
     }  # fmt: skip
     return {
@@ -105,7 +106,7 @@ def _pod(launcher: K8s, command: Sequence[str], container: str, lead: str, *, re
             "imagePullSecrets": [{"name": one} for one in launcher.pull_with],
             "nodeSelector": dict(launcher.node_selector),
             "tolerations": [dict(one) for one in launcher.tolerations],
-            "securityContext": {"runAsNonRoot": True, "runAsUser": user, "runAsGroup": user, "fsGroup": user,
+            "securityContext": {"runAsUser": user, "runAsGroup": user, "fsGroup": user,
                                 # Else all files of the volume change hands at each start, which takes long.
                                 "fsGroupChangePolicy": "OnRootMismatch" if user else None},
             "containers": [inside],

@@ -27,14 +27,18 @@ AGAIN = {"jobset": 75, "pytorchjob": 143}
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _DOMAIN = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})*")
 _KEY = re.compile(rf"({_DOMAIN.pattern}/)?[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?")
+_DEVICE = re.compile(rf"(?=[^/]+/){_KEY.pattern}")
+"""A resource that is not Kubernetes' own has a domain, and comes in whole pieces."""
+_OWN = re.compile(r"ephemeral-storage|hugepages-[0-9]+[KMGT]i")
 _VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|[KMGTPE]i?)?")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]*(@sha256:[0-9a-f]{64})?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FROM = re.compile(rf"{_VARIABLE.pattern}={_DOMAIN.pattern}/[A-Za-z0-9_.-]+")
 _ASKED = {"image": "name the one that the pods run, as in launcher.image=example.org/dtrain:1",
           "claim": "name a PersistentVolumeClaim that all nodes can write to, as in launcher.claim=runs"}  # fmt: skip
 _TOLERATION = {"key", "operator", "value", "effect", "tolerationSeconds"}
+_OPERATORS, _EFFECTS = ("Exists", "Equal", "Lt", "Gt"), ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
 
 @spec
@@ -113,12 +117,12 @@ class K8s(LauncherSpec):
             (("claim", "service_account"), _DOMAIN, "a name of small letters, digits, - and ."),
             (("cpu", "memory", "shm"), _QUANTITY, "a quantity, as 64, 500m or 500Gi"),
             (("image",), _IMAGE, "an image, as registry/name:tag or name@sha256:..."),
-            (("gpu",), _KEY, "a resource, as nvidia.com/gpu"),
+            (("gpu",), _DEVICE, "a resource, as nvidia.com/gpu"),
         ]
         found = [f"launcher.{key}: not given; {how}" for key, how in _ASKED.items() if getattr(self, key) == "???"]
         found += [f"launcher.{key}={value!r}: not {what}" for keys, form, what in forms for key in keys
                   if (value := getattr(self, key)) not in (None, "???") and not form.fullmatch(value)]  # fmt: skip
-        if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.mount):
+        if not re.fullmatch(r"(/[A-Za-z0-9_.-]+)+", self.mount) or self.mount == "/dev/shm":
             found.append(f"launcher.mount={self.mount!r}: not a folder as /work")
         found += [f"launcher.pull_with: {one!r}: not the name of a secret"
                   for one in self.pull_with if not _DOMAIN.fullmatch(one)]  # fmt: skip
@@ -128,25 +132,59 @@ class K8s(LauncherSpec):
 
     def _of_maps(self) -> list[str]:
         found = [f"launcher.{key}: {name!r}: not a key, as example.com/name"
-                 for key in ("labels", "annotations", "node_selector", "resources") for name in getattr(self, key)
+                 for key in ("labels", "annotations", "node_selector") for name in getattr(self, key)
                  if not _KEY.fullmatch(name)]  # fmt: skip
         found += [f"launcher.{key}.{name}={value!r}: not the value of a label; letters, digits and _ . - may stand in "
                   f"one" for key in ("labels", "node_selector") for name, value in getattr(self, key).items()
                   if not _VALUE.fullmatch(value)]  # fmt: skip
-        found += [f"launcher.resources.{name}={value!r}: not a quantity, as 1 or 500Gi"
-                  for name, value in self.resources.items() if not _QUANTITY.fullmatch(value)]  # fmt: skip
+        return [*found, *self._of_resources(), *self._of_tolerations(), *self._of_variables()]
+
+    def _of_resources(self) -> list[str]:
+        found, keys = [], {"cpu": "cpu", "memory": "memory", self.gpu: "gpus_per_node"}
+        for name, value in self.resources.items():
+            if name in keys:
+                found.append(f"launcher.resources: {name}: is said by launcher.{keys[name]}")
+            elif not _DEVICE.fullmatch(name) and not _OWN.fullmatch(name):
+                found.append(f"launcher.resources: {name!r}: not a resource, as rdma/ib or ephemeral-storage")
+            elif not _QUANTITY.fullmatch(value):
+                found.append(f"launcher.resources.{name}={value!r}: not a quantity, as 1 or 500Gi")
+            elif not _OWN.fullmatch(name) and not value.isdecimal():
+                found.append(f"launcher.resources.{name}={value!r}: not a whole number, which this resource comes in")
+        return found
+
+    def _of_tolerations(self) -> list[str]:
+        """The controllers would not refuse one of these, but make no pod for it, and say so only in an event."""
+        found = []
         for one in self.tolerations:
             if unknown := [key for key in one if key not in _TOLERATION]:
                 found.append(f"launcher.tolerations: {unknown[0]!r}: unknown key; there are "
                              f"{', '.join(sorted(_TOLERATION))}")  # fmt: skip
             found += [f"launcher.tolerations: {key}: {value}: not a {form.__name__}" for key, value in one.items()
                       if type(value) is not (form := int if key == "tolerationSeconds" else str)]  # fmt: skip
+            found += [f"launcher.tolerations: {key}: {one[key]}: there are {', '.join(there)}"
+                      for key, there in (("operator", _OPERATORS), ("effect", _EFFECTS))
+                      if (one.get(key) or there[0]) not in there]  # fmt: skip
+            exists = one.get("operator") == "Exists"
+            if exists and one.get("value"):
+                found.append(f"launcher.tolerations: value: {one['value']}: operator Exists has none")
+            if not exists and not one.get("key"):
+                found.append("launcher.tolerations: key: not given, which needs operator Exists")
+            if "tolerationSeconds" in one and one.get("effect") != "NoExecute":
+                found.append("launcher.tolerations: tolerationSeconds: needs effect NoExecute")
+        return found
+
+    def _of_variables(self) -> list[str]:
+        found = []
         for name in self.env:
             if not _VARIABLE.fullmatch(name):
                 found.append(f"launcher.env: {name!r}: not the name of a variable")
             elif is_secret(name):
                 found.append(f"launcher.env.{name}: would be written into the manifest; put it into a secret of the "
                              f"cluster, and name that: 'launcher.env_from=[{name}=SECRET/KEY]'")  # fmt: skip
+        names = [*self.env, *(one.partition("=")[0] for one in self.env_from)]
+        found += [f"launcher.env: {name}: given more than once" for name in sorted(set(names)) if names.count(name) > 1]
+        found += [f"launcher.env: {name}: is what dtrain or the controller tells a pod by; leave it out"
+                  for name in (LEAD, INDEX[self.kind]) if name in names]  # fmt: skip
         return found
 
     def machine(self, here: Machine) -> Machine:

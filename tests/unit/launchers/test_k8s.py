@@ -114,11 +114,18 @@ def test_what_a_site_asks_for_stands_in_it(kind: str) -> None:
     assert pod["terminationGracePeriodSeconds"] == 130, "what saving may take, and half a minute to end"
     assert pod["nodeSelector"] == {"pool": "h100"}
     assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert inside["securityContext"]["runAsNonRoot"] is True
     assert (
         data["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"} == templates(data)[0]["metadata"]["labels"]
     )
     assert data["metadata"]["namespace"] == "team-a"
+
+
+def test_only_our_container_must_not_be_root() -> None:
+    """Kubeflow puts one before it whose image starts as root, unless the pod says who it runs as."""
+    pod = templates(read(job(kind="pytorchjob", nodes=2, user=None)))[0]["spec"]
+    assert "securityContext" not in pod
+    assert pod["containers"][0]["securityContext"]["runAsNonRoot"] is True
 
 
 def test_who_starts_what_again_in_a_jobset() -> None:
@@ -237,6 +244,18 @@ def test_a_name_that_kubernetes_takes_is_kept() -> None:
     ({"labels": {"a b": "x"}}, "launcher.labels: 'a b'"), ({"labels": {"a": "x y"}}, "launcher.labels.a='x y'"),
     ({"resources": {"rdma/ib": "some"}}, "launcher.resources.rdma/ib='some'"), ({"tolerations": ({"taint": "x"},)}, "launcher.tolerations: 'taint'"),
     ({"tolerations": ({"key": "x", "value": True},)}, "launcher.tolerations: value: True: not a str"),
+    ({"memory": "500K"}, "launcher.memory='500K': not a quantity"), ({"mount": "/dev/shm"}, "launcher.mount='/dev/shm'"),
+    ({"gpu": "gpu"}, "launcher.gpu='gpu': not a resource"), ({"resources": {"fpga": "1"}}, "launcher.resources: 'fpga': not a resource"),
+    ({"resources": {"rdma/ib": "0.5"}}, "launcher.resources.rdma/ib='0.5': not a whole number"),
+    ({"cpu": "4", "resources": {"cpu": "8"}}, "cpu: is said by launcher.cpu"),
+    ({"gpus_per_node": 8, "resources": {"nvidia.com/gpu": "4"}}, "nvidia.com/gpu: is said by launcher.gpus_per_node"),
+    ({"tolerations": ({"key": "x", "operator": "exists"},)}, "launcher.tolerations: operator: exists: there are Exists, Equal, Lt, Gt"),
+    ({"tolerations": ({"key": "x", "effect": "NoRun"},)}, "launcher.tolerations: effect: NoRun"),
+    ({"tolerations": ({"key": "x", "operator": "Exists", "value": "y"},)}, "launcher.tolerations: value: y"),
+    ({"tolerations": ({"effect": "NoSchedule"},)}, "launcher.tolerations: key: not given"),
+    ({"tolerations": ({"key": "x", "tolerationSeconds": 9},)}, "launcher.tolerations: tolerationSeconds"),
+    ({"env": {"A": "x"}, "env_from": ("A=b/c",)}, "launcher.env: A: given more than once"),
+    ({"env": {"DTRAIN_LEAD": "x"}}, "launcher.env: DTRAIN_LEAD"), ({"env": {"JOB_COMPLETION_INDEX": "0"}}, "launcher.env: JOB_COMPLETION_INDEX"),
     ({"gpus_per_node": 2, "procs": 4}, "launcher.procs=4"), ({"pull_with": ("A/b",)}, "launcher.pull_with: 'A/b'"),
 ])  # fmt: skip
 def test_what_kubernetes_would_refuse_is_refused_before(values: dict[str, Any], says: str) -> None:
