@@ -296,7 +296,7 @@ def _proven(root: Path, policy: Checkpoint) -> tuple[dict[int, Mapping[str, floa
                if manifest.step_of(folder) not in whole}  # fmt: skip
     proven: set[int] = set()
     while True:
-        gone = retention.due(root, whole, policy)
+        gone = [*retention.due(root, whole, policy), *retention.useless(root, whole, policy)]
         unread = {step: folder for step in whole if (folder := root / manifest.folder_name(step)) not in gone
                   and step not in proven}  # fmt: skip
         if not gone or not unread:

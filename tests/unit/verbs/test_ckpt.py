@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -244,6 +245,17 @@ def test_prune_reads_what_is_to_stay_before_anything_goes(run: RunDir, said: _Sa
     for step in (40, 50):
         assert f"damaged, left alone: {_folder(run, step)}/rank-00000.safetensors: its content differs" in text
     assert _steps(run) == [20, 30, 40, 50]
+
+
+def test_prune_reads_it_too_where_only_what_is_damaged_would_go(run: RunDir, said: _Said) -> None:
+    for step in (10, 30):
+        shutil.rmtree(_folder(run, step))
+    (_folder(run, 20) / "rank-00000.safetensors").write_bytes(b"short")
+    (run.checkpoints / "best").unlink(missing_ok=True)
+    for step in (40, 50):
+        _flip(_folder(run, step) / "rank-00000.safetensors")
+    assert "0 gone" in said("prune", "mine", "--keep-last", "2")
+    assert _steps(run) == [20, 40, 50]
 
 
 def test_prune_takes_what_a_killed_save_left(run: RunDir, said: _Said) -> None:
