@@ -100,15 +100,19 @@ class _Lines:
         self._waiting.append(line.encode("utf-8", errors="replace") + b"\n")
         before = len(self._waiting)
         try:
-            while self._waiting:
-                self._write(self._waiting[0])
-                del self._waiting[0]
+            self._write_waiting()
         except OSError as error:
             if before == 1:
                 self._warnings.append(f"jsonl: {self._path}: {error.strerror}; its lines wait until there is room")
         else:
             if before > 1:
                 self._warnings.append(f"jsonl: {self._path}: there is room again; {before - 1} lines were written late")
+
+    def _write_waiting(self) -> None:
+        """Raises OSError with what is left."""
+        while self._waiting:
+            self._write(self._waiting[0])
+            del self._waiting[0]
 
     def _write(self, line: bytes) -> None:
         """All of it or nothing. Raises OSError."""
@@ -118,9 +122,11 @@ class _Lines:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        if self._waiting:
+        try:
+            self._write_waiting()
+        except OSError as error:
             self._warnings.append(
-                f"jsonl: {self._path}: the last {len(self._waiting)} lines are lost: no room for them"
+                f"jsonl: {self._path}: the last {len(self._waiting)} lines are lost: {error.strerror}"
             )
         self._file.close()
 

@@ -4,6 +4,8 @@ import io
 import json
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -111,25 +113,52 @@ def test_one_spike_does_not_flatten_the_curve() -> None:
     assert 3.0 < high < 3.2
 
 
-def test_on_a_full_disk_lines_wait(tmp_path: Path) -> None:
+@contextmanager
+def full(path: Path, room: int) -> Iterator[None]:
     """A limit on the size of files is what the kernel has for a full disk: of the last line it takes a part."""
-    tracker = started(tmp_path)
-    tracker.step(step_report(1))
-    size = (tmp_path / "metrics.jsonl").stat().st_size
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_on_a_full_disk_lines_wait(tmp_path: Path) -> None:
+    tracker = started(tmp_path)
+    tracker.step(step_report(1))
+    with full(tmp_path / "metrics.jsonl", room=20):
         for step in (2, 3):
             tracker.step(step_report(step))
         assert steps(tmp_path / "metrics.jsonl") == [1]
         (warning,) = tracker.warnings()
         assert "its lines wait until there is room" in warning
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
     tracker.step(step_report(4))
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
     assert tracker.warnings() == [
         f"jsonl: {tmp_path / 'metrics.jsonl'}: there is room again; 2 lines were written late"
     ]
     tracker.finish(outcome="done")
+
+
+def test_what_waits_is_written_at_the_end_where_there_is_room_by_then(tmp_path: Path) -> None:
+    tracker = started(tmp_path)
+    tracker.step(step_report(1))
+    with full(tmp_path / "metrics.jsonl", room=0):
+        tracker.step(step_report(2))
+    tracker.warnings()
+    tracker.finish(outcome="done")
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+    assert tracker.warnings() == []
+
+
+def test_what_there_is_never_room_for_is_told_as_lost(tmp_path: Path) -> None:
+    tracker = started(tmp_path)
+    tracker.step(step_report(1))
+    with full(tmp_path / "metrics.jsonl", room=0):
+        tracker.step(step_report(2))
+        tracker.warnings()
+        with suppress(OSError):
+            tracker.finish(outcome="done")
+    assert "the last 1 lines are lost" in tracker.warnings()[0]
