@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before anything imports deepspeed; ranks are forked with it
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,6 +16,15 @@ os.environ.setdefault(
 )  # else torch sets it on import
 
 import pytest
+
+from tests import measured
+
+
+@pytest.fixture(autouse=True)
+def _measured(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    yield
+    for name, value in measured.taken().items():
+        record_property(name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from dtrain.runs import RunDir
+from tests import measured
 from tests.e2e.command import ROOT, SMALL, rows, workers_of, write_texts
 from tests.faults.harness import rows_of
 
@@ -105,6 +106,7 @@ def test_a_run_goes_on_with_whoever_is_there(machines: Machines, who: str) -> No
     second = machines.start(*TYPED, **SLOWLY)
     whole = machines.start(*ALONE, "launcher.procs=1", "run.name=alone")
     until(lambda: trained(run, 0) >= 7, machines)
+    killed_at = time.monotonic()
     killed, left = (first, second) if who == "launcher that leads" else (second, first)
     if who == "machine":
         for process in [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]:
@@ -126,6 +128,8 @@ def test_a_run_goes_on_with_whoever_is_there(machines: Machines, who: str) -> No
     assert "launcher.nodes: 1 of up to 2 machines; batch: global 8 = 8 on 1 rank" in said
     assert "another machine has come: saved at step" in said
     lost = [event["lost_steps"] for event in rows(run.events) if event["kind"] == "launched"]
+    measured.lost(max(lost))
+    measured.detected(next(event["monotonic"] for event in rows(run.events) if event["kind"] == "ended") - killed_at)
     assert lost[0] == lost[2] == 0  # for one that comes, the others save first
     assert 0 < lost[1] < 4 if who == "machine" else lost[1] == 0
 

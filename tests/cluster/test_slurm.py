@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from dtrain.runs import RunDir
+from tests import measured
 from tests.cluster.slurm import missing, output, slurm, until
 from tests.e2e.command import ROOT, SMALL, dtrain, write_texts
 
@@ -90,6 +91,8 @@ def test_the_time_limit_is_met_and_the_run_goes_on(cluster: dict[str, str], fold
     subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=True)
     attempts = run.read_manifest()["attempts"]
     assert attempts[0]["ended"] == "stopped"
+    assert _lost(run) == [0, 0]
+    measured.lost(0)
     assert attempts[1]["first_step"] > 0
     assert ends(cluster, run, job) == "CANCELLED"
     until(lambda: run.read_outcome(1) is not None, 30, lambda: log(run, job))
@@ -104,48 +107,57 @@ def test_the_time_limit_is_met_and_the_run_goes_on(cluster: dict[str, str], fold
     assert [row["loss"] for row in got] == [row["loss"] for row in rows(RunDir(folder / "runs" / "whole"))]
 
 
-def test_told_to_stop_then_killed_and_it_ends_all_the_same(cluster: dict[str, str], folder: Path) -> None:
-    job, run = submit(cluster, folder, "train.steps=400", "launcher.max_restarts=1", "checkpoint.every_steps=50")
+def test_whatever_becomes_of_it_on_the_way_it_ends_all_the_same(cluster: dict[str, str], folder: Path) -> None:
+    """Told to stop by a signal to its ranks and to its script, waiting for a node that is drained, a rank killed, and all
+    of one node killed.
+    """
+    job, run = submit(cluster, folder, "train.steps=400", "launcher.max_restarts=2", "checkpoint.every_steps=3")
     script = run.path / "job.sh"
     if shutil.which("shellcheck"):
         assert output(["shellcheck", str(script)], {}) == ""
+
+    def ask(*argv: str) -> None:
+        subprocess.run(argv, env={**os.environ, **cluster}, check=True)
+
     trains(cluster, run, job, 0)
-    subprocess.run(["scancel", "--signal=USR1", "--batch", job], env={**os.environ, **cluster}, check=True)
+    ask("scontrol", "update", "nodename=n2", "state=drain", "reason=test")  # what runs there goes on
+    ask("scancel", "--signal=USR1", job)
+    until(lambda: state(cluster, job) == "PENDING", 60, lambda: log(run, job))
+    assert run.read_manifest()["attempts"][-1]["ended"] == "stopped"
+    ask("scontrol", "update", "nodename=n2", "state=resume")
     trains(cluster, run, job, 1)
-    os.kill(_rank(run, 1), signal.SIGKILL)
+    ask("scancel", "--signal=USR1", "--batch", job)
+    trains(cluster, run, job, 2)
+    os.kill(_of(run, rank=1), signal.SIGKILL)
+    trains(cluster, run, job, 3)
+    for pid in _all_of(_of(run, rank=1)):
+        os.kill(pid, signal.SIGKILL)
     assert ends(cluster, run, job) == "COMPLETED", log(run, job)
     attempts = run.read_manifest()["attempts"]
-    assert [one["ended"] for one in attempts] == ["stopped", "worker", "done"], log(run, job)
+    assert [one["ended"] for one in attempts] == ["stopped", "stopped", "worker", "lost", "done"], log(run, job)
+    measured.lost(max(_lost(run)))
     assert "killed by SIGKILL" in log(run, job)
-    assert log(run, job).count("is queued again") == 2
+    assert log(run, job).count("is queued again") == 4
     steps = [row["step"] for row in rows(run)]
     assert sorted(set(steps)) == list(range(1, 401))
     assert not (folder / "x").exists()
     assert list(run.nodes.iterdir()) == []
 
 
-def test_a_sweep_is_an_array_whose_tasks_are_queued_again_by_themselves(cluster: dict[str, str], folder: Path) -> None:
-    done = dtrain(folder, "launch", "-m", *TYPED, "launcher.nodes=1", "train.steps=300", "run.seed=1,2", "run.name=a b",
-                  env=cluster)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    number = next(line for line in done.stdout.splitlines() if line.startswith("submitted")).split()[2].rstrip(":")
-    runs = [RunDir(folder / "runs" / f"a b-run.seed={seed}") for seed in (1, 2)]
-    tasks = [f"{number}_{i}" for i in range(2)]
-    for run, task in zip(runs, tasks, strict=True):
-        trains(cluster, run, task, 0)
-    for task in tasks[::-1]:  # one of them has the array's own number, and is not to take the other with it
-        subprocess.run(["scancel", "--signal=USR1", "--batch", task], env={**os.environ, **cluster}, check=True)
-    for run, task in zip(runs, tasks, strict=True):
-        assert ends(cluster, run, task) == "COMPLETED"
-        said = (folder / "runs" / f"job-{task}.log").read_text()
-        assert said.count("is queued again") == 1
-        assert f"job {task} is queued again" in said
-        assert [one["ended"] for one in run.read_manifest()["attempts"]] == ["stopped", "done"]
-        assert [row["step"] for row in rows(run)] == list(range(1, 301))
-    assert not (folder / "x").exists()
+def _lost(run: RunDir) -> list[int]:
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    return [event["lost_steps"] for event in events if event["kind"] == "launched"]
 
 
-def _rank(run: RunDir, rank: int) -> int:
+def _all_of(rank: int) -> list[int]:
+    """The processes of that rank's node: its launcher, which Slurm has started, first."""
+    process = psutil.Process(rank)
+    while (above := process.parent()) is not None and "slurmstepd" not in above.name():
+        process = above
+    return [process.pid, *(one.pid for one in process.children(recursive=True))]
+
+
+def _of(run: RunDir, rank: int) -> int:
     for process in psutil.process_iter():
         try:
             env = process.environ()

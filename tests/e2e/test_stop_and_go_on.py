@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import measured
 from tests.e2e.command import ROOT, SMALL, dtrain, rows, workers_of, write_texts
 
 pytestmark = [
@@ -52,7 +53,9 @@ def interrupted(folder: Path, name: str, then: Callable[[subprocess.Popen], None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     then(process)
+    told_at = time.monotonic()
     _, said = process.communicate(timeout=120)
+    measured.detected(time.monotonic() - told_at)
     assert workers_of(folder / "runs" / name) == []
     return process.returncode, said
 

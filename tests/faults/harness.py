@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
@@ -23,6 +24,7 @@ from dtrain.config.spec import Command
 from dtrain.failpoints import VARIABLE
 from dtrain.launchers.verdict import judge
 from dtrain.runs import Outcome, RunDir
+from tests import measured
 from tests.processes import PRELOAD, as_rank, open_store
 
 TYPED = ["dataset=files", "dataset.path=texts.jsonl", "dataset.max_length=32", "model.hidden=32", "model.layers=2",
@@ -30,6 +32,10 @@ TYPED = ["dataset=files", "dataset.path=texts.jsonl", "dataset.max_length=32", "
          "eval.every_steps=0", "eval.max_rows=4", "schedule.warmup_steps=2", "optim.lr=5e-3", "tracker=jsonl",
          "tracker.jsonl.plot=false", "checkpoint.every_minutes=null", "checkpoint.every_steps=1", "launcher.procs=2",
          "strategy=ddp"]  # fmt: skip
+
+
+TOLD = re.compile(r"passed over|which a killed save left|was left by process")
+"""What a start says of what became of the one before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Fault:
 
 def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ended:
     """`dtrain launch run.name=NAME ...` in `folder`; never more than two minutes."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, began = _Clocked(), io.StringIO(), time.monotonic()
     with (
         mock.patch("dtrain.launchers.supervise.supervise", functools.partial(_supervise, fault)),
         contextlib.chdir(folder),
@@ -67,7 +73,31 @@ def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ende
         contextlib.redirect_stderr(err),
     ):
         code = cli.run(["launch", f"run.name={name}", *TYPED, *typed])
+        at = next((word.removeprefix("run.dir=") for word in typed if word.startswith("run.dir=")), "runs")
+        _measure(RunDir(Path(at, name).absolute()), began, time.monotonic() if code == 2 else out.told_at)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+class _Clocked(io.StringIO):
+    """Knows when it was first `TOLD`."""
+
+    told_at: float | None = None
+
+    def write(self, text: str) -> int:
+        if self.told_at is None and TOLD.search(text):
+            self.told_at = time.monotonic()
+        return super().write(text)
+
+
+def _measure(run: RunDir, began: float, told_at: float | None) -> None:
+    """How soon a start noticed what had happened, and what it had to do again."""
+    events = [json.loads(line) for line in run.events.read_text().splitlines()] if run.events.is_file() else []
+    passed = [event["monotonic"] for event in events if event["kind"] == "passed over" and event["monotonic"] > began]
+    if told_at is not None or passed:
+        measured.detected(min([*passed[:1], *([told_at] if told_at is not None else [])]) - began)
+    for event in events:
+        if event["kind"] == "launched":
+            measured.lost(event["lost_steps"])
 
 
 def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, **how: Any) -> Outcome:

@@ -16,6 +16,7 @@ import pytest
 from dtrain.checkpoint.verify import committed
 from dtrain.runs import RunDir
 from dtrain.runs.process import MARK
+from tests import measured
 from tests.e2e.command import ROOT, dtrain, rows, workers_of, write_texts
 from tests.faults.expect import EXACT, steps_of, unfinished
 from tests.faults.harness import TYPED, launch
@@ -45,6 +46,8 @@ def undisturbed(place: Path) -> list[list[object]]:
 
 
 def figures(run: RunDir) -> list[list[object]]:
+    for event in rows(run.events):
+        measured.lost(event.get("lost_steps", 0))
     return [[row[name] for name in EXACT] for row in rows(run.path / "metrics.jsonl")]
 
 
@@ -142,7 +145,9 @@ def test_a_rank_killed_in_a_save_ends_the_run_and_a_damaged_checkpoint_is_passed
     assert of_run(run) == []
     ended = [event for event in rows(run.events) if event["kind"] in ("saved", "ended")]
     assert (ended[-2]["kind"], ended[-1]["kind"]) == ("saved", "ended")
-    assert ended[-1]["monotonic"] - ended[-2]["monotonic"] < 15
+    found_s = ended[-1]["monotonic"] - ended[-2]["monotonic"]
+    assert found_s < 15
+    measured.detected(found_s)
     assert json.loads(run.outcome.read_text())["failure"]["rank"] == 1
     newest, older = steps_of(run)
     _flip(committed(run.checkpoints)[0] / FILES[1])

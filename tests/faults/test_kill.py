@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tests.faults.harness import Fault, launch
 pytestmark = pytest.mark.slow
 
 STEPS, MANY = 8, 60
-KILLS = 30
+KILLS = 50 if os.environ.get("DTRAIN_FAULTS") == "all" else 30
 
 
 @pytest.mark.parametrize(
