@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from dtrain.data.tokenizer import TextTokenizer, stop_ids
 from dtrain.errors import ModelError
 from dtrain.models.base import DTYPES
 from dtrain.models.outputs import has_outputs
+
+if TYPE_CHECKING:
+    from dtrain.models.base import ModelBundle
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,14 +54,21 @@ class Loaded:
 
     def _with_outputs(self) -> nn.Module:
         from dtrain.models._causal import build_causal
-        from dtrain.strategies._place import materialise
 
-        made = build_causal(self.folder, seed=0)
-        materialise(made.module, self.device, DTYPES[self.dtype])
-        with torch.no_grad():
-            for name, param in made.module.named_parameters():
-                param.copy_(made.weights.read(name, 0, param.numel()).view(param.shape))
-        return made.module.requires_grad_(requires_grad=False).eval()
+        return whole(build_causal(self.folder, seed=0), self)
+
+
+def whole(bundle: ModelBundle, like: Loaded) -> nn.Module:
+    """All of a model that was built without weights, on the device and in the precision of another; it is only looked
+    at.
+    """
+    from dtrain.strategies._place import materialise
+
+    materialise(bundle.module, like.device, DTYPES[like.dtype])
+    with torch.no_grad():
+        for name, param in bundle.module.named_parameters():
+            param.copy_(bundle.weights.read(name, 0, param.numel()).view(param.shape))
+    return bundle.module.requires_grad_(requires_grad=False).eval()
 
 
 def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded:

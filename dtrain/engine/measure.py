@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, final
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from torch import nn
 from dtrain.comm import AbstractComm
 from dtrain.data.collate import collate
 from dtrain.data.rows import Row
-from dtrain.errors import ModelError
 from dtrain.objectives.base import Around
 from dtrain.plan.batch import BatchPlan
 
 if TYPE_CHECKING:
     from dtrain.config.spec import ObjectiveSpec
+    from dtrain.data.batch import Batch
     from dtrain.data.store import AbstractStore
     from dtrain.engine.loaded import Loaded
 
@@ -47,32 +48,40 @@ def documents(module: nn.Module, rows: Iterable[tuple[int, Row]], pad_id: int,
             yield Document(i, k, -value, num)
 
 
-def whole_rows(
-    module: nn.Module, store: AbstractStore, num_rows: int, objective: ObjectiveSpec, pad_id: int, loaded: Loaded
-) -> Iterator[Document]:
-    """The same of objectives whose targets are more than tokens. Raises ModelError where a loss compares with the model
-    that training started from, which is not here.
+def whole_rows(objective: ObjectiveSpec, num_rows: int, around: Around) -> Iterator[Document]:
+    """The same of objectives whose targets are more than tokens, over the first rows of `around`: a global batch at a
+    time, since some losses look at all rows of one. Raises what `around.copy` does.
     """
+    spec: Any = objective
+    if "reference" in {field.name for field in dataclasses.fields(spec)}:
+        # The starting weights are a model of their own here, whatever way the run had to them.
+        objective = dataclasses.replace(spec, reference="copy")
     loss_of, make = objective.build(), objective.collator() or collate
-    before = objective.begin(_alone(module, store, objective, pad_id, loaded))
-    for i in range(num_rows):
-        batches = [make([store.row(i)], [i], pad_id).to(loaded.device)]
+    before, store = objective.begin(around), around.rows[1]
+    for first in range(0, num_rows, around.batch.global_batch):
+        ids = range(first, min(num_rows, first + around.batch.global_batch))
+        batches: Sequence[Batch] = [make([store.row(i)], [i], around.pad_id).to(around.comm.device) for i in ids]
         with torch.no_grad():
-            (batch,) = batches if before is None else before(batches, held_out=True)
-            loss = loss_of(module, batch)
-        extras = {name: value.double().reshape(-1).cpu() for name, value in loss.extras.items()}
-        yield Document(i, None, float(loss.total), loss.num_targets, extras)
+            if before is not None:
+                batches = before(batches, held_out=True)
+            for i, batch in zip(ids, batches, strict=True):
+                loss = loss_of(around.module, batch)
+                extras = {name: value.double().reshape(-1).cpu() for name, value in loss.extras.items()}
+                yield Document(i, None, float(loss.total), loss.num_targets, extras)
 
 
-def _alone(module: nn.Module, store: AbstractStore, objective: ObjectiveSpec, pad_id: int, loaded: Loaded) -> Around:
-    def no_start() -> NoReturn:
-        name = type(objective).__name__.lower()
-        raise ModelError(f"objective={name}: its loss compares with the model that training started from, which is not "
-                         f"here; type objective=sft for the loss of the replies")  # fmt: skip
+def alone(module: nn.Module, store: AbstractStore, loaded: Loaded, *, pad_id: int, global_batch: int,
+          copy: Callable[[], nn.Module]) -> Around:  # fmt: skip
+    """What an objective may ask for, with one process and these rows. `copy`: gives the model that training started
+    from, or raises why there is none.
+    """
+
+    def no_digest() -> str:
+        raise AssertionError("nothing is kept here that a digest would name")
 
     return Around(
-        module=module, comm=_Alone(loaded.device), base=None, copy=no_start, rows=(store, store),
-        batch=BatchPlan(1, 1, 1), pad_id=pad_id, assets=loaded.folder, start=no_start, cache=loaded.folder,
+        module=module, comm=_Alone(loaded.device), base=None, copy=copy, rows=(store, store),
+        batch=BatchPlan(global_batch, 1, 1), pad_id=pad_id, assets=loaded.folder, start=no_digest, cache=loaded.folder,
         resumed=True, say=lambda line: None, at=lambda rows: None,
     )  # fmt: skip
 

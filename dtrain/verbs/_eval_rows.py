@@ -15,6 +15,7 @@ from dtrain.data.tokenizer import FILES as TOKENIZER_FILES
 from dtrain.datasets.base import Labelled, Skipped
 from dtrain.errors import ConfigError, RunError
 from dtrain.folders import whole_folder
+from dtrain.plan.plan import AUTO_BATCH
 from dtrain.verbs._model import Named, say
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Source(NamedTuple):
     objective: ObjectiveSpec
     dataset: DatasetSpec | None
     """Where the rows come from; None for rows of a run, of which only tokens are kept."""
+    global_batch: int
+    """Rows that a loss may look at together: as many as the run's own."""
 
     def rows(self) -> Iterator[tuple[int, Row]]:
         return ((i, self.store.row(i)) for i in range(self.num_rows))
@@ -69,7 +72,7 @@ def find(named: Named, overrides: Sequence[str], files: Sequence[str], *, plugin
          most: int | None) -> list[Source]:  # fmt: skip
     """`files`: each is a source by itself; `most`: rows of each. Raises ConfigError, DataError, RunError."""
     _check(overrides)
-    config = None if named.run is None else _settled(named.run)
+    config = None if named.run is None else settled(named.run)
     typed = _typed(overrides)
     if not files and not any(key.partition(".")[0] == "dataset" for key in typed):
         return _held_out(named, config, typed, plugins, most)
@@ -88,9 +91,15 @@ class _Specs(NamedTuple):
     objective: ObjectiveSpec
     template: TemplateSpec
     seed: int
+    global_batch: int
 
 
-def _settled(run: RunDir) -> Mapping[str, Any]:
+def _batch(config: Mapping[str, Any] | None) -> int:
+    said = None if config is None else config["batch"]["global_batch"]
+    return said if isinstance(said, int) else AUTO_BATCH
+
+
+def settled(run: RunDir) -> Mapping[str, Any]:
     """What it was trained with, as plain data: files that are gone since are not asked for. Raises ConfigError."""
     plain = load_yaml(run.config)
     if not isinstance(plain, dict):
@@ -131,7 +140,7 @@ def _specs(overrides: Sequence[str], config: Mapping[str, Any] | None, plugins: 
         raise ConfigError.of(problems)
     seed = 0 if config is None else config["run"]["seed"]
     return _Specs(cast(DatasetSpec, found["dataset"]), cast(ObjectiveSpec, found["objective"]),
-                  cast(TemplateSpec, found["template"]).settled(), seed)  # fmt: skip
+                  cast(TemplateSpec, found["template"]).settled(), seed, _batch(config))  # fmt: skip
 
 
 def _over(own: Mapping[str, Any], now: Mapping[str, Any], group: str, typed: Sequence[str]) -> dict[str, Any]:
@@ -167,7 +176,8 @@ def _prepared(named: Named, specs: _Specs, name: str, dataset: DatasetSpec, most
     for line in ready.lines():
         say(line)
     store = RowStore(ready.dir / FILES[0])
-    return Source(name, store, min(len(store), most or len(store)), ready.pad_id, ready.objective, dataset)
+    return Source(name, store, min(len(store), most or len(store)), ready.pad_id, ready.objective, dataset,
+                  specs.global_batch)  # fmt: skip
 
 
 def _with_config(named: Named, cache: Path) -> Path:
@@ -213,5 +223,5 @@ def _held_out(named: Named, config: Mapping[str, Any] | None, typed: Sequence[st
         mine = int(((chosen >= first) & (chosen < first + len(store))).sum())
         first += len(store)
         title = "held out" if len(held.sources) == 1 else name
-        found.append(Source(title, store, mine, ready.pad_id, ready.objective, None))
+        found.append(Source(title, store, mine, ready.pad_id, ready.objective, None, _batch(config)))
     return found

@@ -50,7 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def find(args: argparse.Namespace) -> Named:
     """Raises ModelError, ExportError."""
-    folder, run = _folder(args.model)
+    folder, run = folder_of(args.model)
     if not (folder / ADAPTER).is_file():
         if args.base is not None:
             raise ModelError(f"--base {args.base}: is for adapters, and {folder} is a whole model; leave it out")
@@ -58,7 +58,8 @@ def find(args: argparse.Namespace) -> Named:
     return Named(folder, _base(folder, args.base, run), run)
 
 
-def _folder(name: Path) -> tuple[Path, RunDir | None]:
+def folder_of(name: Path) -> tuple[Path, RunDir | None]:
+    """With a model or an adapter; and the run, where one was named. Raises ModelError."""
     from dtrain.verbs import runs
 
     if (name / "config.json").is_file() or (name / ADAPTER).is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -41,6 +42,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, metavar="N", help="the first N rows of each source (all; of held-out ones "
                                                               "as many as the run's own evals)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="a line for each row; a new file")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="for dpo and kto: the model that training "
+                        "started from, a folder or a run (as the run or the adapter says)")  # fmt: skip
     parser.add_argument("--generate", action="store_true", help="let it write the replies too, and compare them")
     parser.add_argument("--score", action="append", default=[], metavar="MODULE:FUNCTION",
                         help="with --generate: your own comparison of what was written and expected")  # fmt: skip
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     scores = [_eval_text.score, *map(_eval_text.own, args.score)]
     named = _model.find(args)
     from dtrain.verbs import _eval_rows
+    from dtrain.verbs._eval_start import start
 
     sources = _eval_rows.find(named, args.overrides, args.data, plugins=args.plugin, most=args.rows)
     if args.generate and any(source.dataset is None for source in sources):
@@ -64,12 +68,15 @@ def run(args: argparse.Namespace) -> int:
     if args.generate and loaded.model is None:
         raise UserError(f"--generate: {named.folder} has outputs of its own in place of a vocabulary, so it writes "
                         f"nothing; leave it out")  # fmt: skip
+    compared = functools.cache(lambda: start(named, args.reference, loaded, args.plugin))
     out = args.out.open("x", encoding="utf-8") if args.out is not None else None
     try:
-        _Eval(loaded, args, scores, out).all(sources)
+        _Eval(loaded, args, scores, out, compared).all(sources)
     finally:
         if out is not None:
             out.close()
+    if args.reference is not None and not compared.cache_info().currsize:
+        _model.say(f"--reference {args.reference}: not looked at, as the loss compares with no other model")
     if out is not None:
         print(f"wrote {args.out}")
     return 0
@@ -99,8 +106,9 @@ class _Written(NamedTuple):
 @final
 class _Eval:
     def __init__(self, loaded: Loaded, args: argparse.Namespace, scores: list[_eval_text.Score],
-                 out: IO[str] | None) -> None:  # fmt: skip
-        self._loaded, self._args, self._scores, self._out = loaded, args, scores, out
+                 out: IO[str] | None, start: Callable[[], nn.Module]) -> None:  # fmt: skip
+        """`start`: gives the model that training started from."""
+        self._loaded, self._args, self._scores, self._out, self._start = loaded, args, scores, out, start
         self._module: nn.Module = loaded.scored()
 
     def all(self, sources: list[Source]) -> None:
@@ -126,8 +134,9 @@ class _Eval:
         choice = _choice(objective)
         is_tokens = objective.collator() is None
         found = (measure.documents(self._module, source.rows(), source.pad_id, self._loaded.device) if is_tokens
-                 else measure.whole_rows(self._module, source.store, source.num_rows, objective, source.pad_id,
-                                         self._loaded))  # fmt: skip
+                 else measure.whole_rows(objective, source.num_rows, measure.alone(
+                     self._module, source.store, self._loaded, pad_id=source.pad_id, global_batch=source.global_batch,
+                     copy=self._start)))  # fmt: skip
         total, num_targets = 0.0, 0
         for one in found:
             total, num_targets = total + one.loss, num_targets + one.num_targets

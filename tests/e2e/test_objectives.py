@@ -64,7 +64,7 @@ def test_a_classifier_beats_the_majority_and_loads_in_transformers(
     assert float(held_out[4]) == pytest.approx(last["loss"], abs=1e-5)
 
 
-def test_the_margin_of_pairs_grows(tmp_path: Path) -> None:
+def test_the_margin_of_pairs_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pairs(tmp_path / "pairs.jsonl")
     done = dtrain(tmp_path, "launch", *SMALL, "dataset.path=pairs.jsonl", "template=chatml", "run.name=pairs",
                   "launcher.procs=2", "strategy=fsdp2", "train.steps=12", "eval.every_steps=6")  # fmt: skip
@@ -78,6 +78,13 @@ def test_the_margin_of_pairs_grows(tmp_path: Path) -> None:
     assert last["rewards/margin"] > 0.3
     assert [one["rewards/accuracy"] for one in rows(folder / "eval.jsonl")][-1] == 1.0
     assert len(list((tmp_path / "runs" / ".cache").glob("reference-*"))) == 1
+    assert run(["eval", str(folder)]) == 0
+    said, own = capsys.readouterr(), rows(folder / "eval.jsonl")[-1]
+    assert "reference: the weights that the run started from, from run.seed=0, " in said.err
+    held_out = next(line.split() for line in said.out.splitlines() if line.startswith("held out "))
+    assert float(held_out[4]) == pytest.approx(own["loss"], abs=1e-5)
+    margin = float(said.out.partition("rewards/margin ")[2].partition(",")[0])
+    assert margin == pytest.approx(own["rewards/margin"], abs=1e-4)
 
 
 @pytest.mark.parametrize(("content", "typed", "words"), [

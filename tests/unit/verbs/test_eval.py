@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -147,6 +148,53 @@ def test_an_objective_of_labels_tells_of_each_text(model: Path, here: Path, caps
     assert f"accuracy {hits / 6:.4f}" in out
 
 
+def _rows(here: Path) -> list[Any]:
+    """As they were prepared."""
+    from dtrain.data.store import RowStore
+
+    (path,) = (here / "runs" / ".cache").glob("data-*/train.arrow")
+    store = RowStore(path)
+    return [store.row(i) for i in range(len(store))]
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "kto"])
+def test_a_loss_that_compares_with_another_model(model: Path, here: Path, capsys, name: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tests.contract.preferences import OPTIONS, formula
+
+    ask = {"role": "user", "content": "hello"}
+    replies = [[ask, {"role": "assistant", "content": text}] for text in [*WORDS, "the dog", "mat", "house"] * 2]
+    judged = [{"messages": one, "label": i % 3 > 0} for i, one in enumerate(replies)]
+    pairs = [{"chosen": a, "rejected": b} for a, b in itertools.pairwise(replies)]
+    _write(here / "a.jsonl", judged if name == "kto" else pairs)
+    other = write_model(here / "other", seed=5)
+    typed = ("--data", "a.jsonl", "dataset.max_length=64", "dataset.packing=false", *OPTIONS[name])
+    out, err = _ok(capsys, model, *typed, "--reference", other, "--out", "out")
+    assert f"reference: {other}" in err
+    rows = _rows(here)
+    assert len(rows) == len(judged if name == "kto" else pairs)
+    plain, started = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (model, other))
+
+    def expected(now: Any, started: Any) -> float:
+        # 18 or 17 rows: 16 are looked at together, then the others.
+        mean = formula(name, started)
+        with torch.no_grad():
+            return sum(len(part) * float(mean(now, part)) for part in (rows[:16], rows[16:])) / len(rows)
+
+    loss = expected(plain, started)
+    assert float(_row(out, "a.jsonl")[2]) == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert f"rewards/{'good' if name == 'kto' else 'margin'}" in out
+    assert sum(row["loss"] for row in _read(here / "out", "loss")) / len(rows) == pytest.approx(loss, rel=1e-5)
+    digest = weights_digest(model, here, lambda line: None)
+    adapter = write_adapter(here / "adapter", model, path=str(model), digest=digest)
+    out, err = _ok(capsys, adapter, *typed)
+    assert f"reference: {model}" in err
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    assert float(_row(out, "a.jsonl")[2]) == pytest.approx(expected(tuned, plain), rel=1e-4, abs=1e-6)
+
+
 def test_what_it_writes_beside_what_is_expected(model: Path, here: Path, capsys, monkeypatch) -> None:
     _write(here / "in.jsonl", [{"prompt": text} for text in WORDS[:3]])
     assert dtrain(["generate", str(model), "--in", "in.jsonl", "--out", "said", "--max-new-tokens", "9"]) == 0
@@ -186,8 +234,13 @@ def test_what_is_refused(model: Path, here: Path, capsys) -> None:
     pair["rejected"] = [pair["chosen"][0], {"role": "assistant", "content": "cat"}]
     _write(here / "pairs.jsonl", [pair])
     text = _refused(capsys, model, "--data", "pairs.jsonl", "dataset.max_length=64")
-    assert "objective=dpo: its loss compares with the model that training started from" in text
-    out, _ = _ok(capsys, model, "--data", "pairs.jsonl", "dataset.max_length=64", "objective=orpo")
+    assert "the loss compares with the model that training started from, which it does not name" in text
+    other = _refused(capsys, model, "--data", "pairs.jsonl", "dataset.max_length=64", "--reference", here / "no")
+    assert "neither a run nor a folder" in other
+    out, err = _ok(
+        capsys, model, "--data", "pairs.jsonl", "dataset.max_length=64", "objective=orpo", "--reference", model
+    )
+    assert "not looked at, as the loss compares with no other model" in err
     assert _row(out, "pairs.jsonl")[1] == "1"
     assert _row(out, "pairs.jsonl")[3] == "-"
     (here / "nowhere.txt").mkdir()

@@ -1,0 +1,74 @@
+"""The model that training started from, which some losses compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dtrain.config.spec import ModelSpec
+from dtrain.config.validate import validate_spec
+from dtrain.errors import ModelError
+from dtrain.verbs._eval_rows import settled
+from dtrain.verbs._model import ADAPTER, Named, folder_of, say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dtrain.engine.loaded import Loaded
+    from dtrain.runs import RunDir
+
+
+def start(named: Named, typed: Path | None, loaded: Loaded, plugins: Sequence[str]) -> nn.Module:
+    """What was `typed`; else what an adapter is for, or what the run says. Raises ModelError."""
+    if typed is not None:
+        folder, _ = folder_of(typed)
+        if (folder / ADAPTER).is_file():
+            raise ModelError(f"--reference {typed}: an adapter; `dtrain export {typed} --merge --to DIR` makes a whole "
+                             f"model of it")  # fmt: skip
+        return _stored(folder, loaded)
+    if named.run is not None and (other := _other_start(named.run)):
+        raise ModelError(f"{named.run.path}: {other}; make one model of that by `dtrain export --merge`, and say by "
+                         f"--reference DIR where it is")  # fmt: skip
+    if named.base is not None:
+        return _stored(named.base, loaded)
+    if named.run is None:
+        raise ModelError(f"{named.folder}: the loss compares with the model that training started from, which it does "
+                         f"not name; say by --reference DIR where that is, or type objective=sft for the loss of the "
+                         f"replies")  # fmt: skip
+    return _of_run(named.run, loaded, plugins)
+
+
+def _stored(folder: Path, loaded: Loaded) -> nn.Module:
+    from dtrain.engine.loaded import load
+
+    say(f"reference: {folder}")
+    return load(folder, None, dtype=loaded.dtype, writes=False).scored()
+
+
+def _other_start(run: RunDir) -> str | None:
+    """Why the model that the run names is not what its losses compared with; None where it is."""
+    config = settled(run)
+    first, kind = config["tuning"].get("init_from"), config["objective"].get("reference")
+    whole = bool(config["tuning"].get("modules_to_save"))
+    if first and (kind == "cached" or (kind == "auto" and whole)):
+        return f"its losses compared with the adapter that it started from (tuning.init_from={first})"
+    return None
+
+
+def _of_run(run: RunDir, loaded: Loaded, plugins: Sequence[str]) -> nn.Module:
+    """Made as the run made it: from files, or from its seed."""
+    from dtrain.engine.loaded import whole
+
+    config, data = settled(run), run.read_manifest().get("data")
+    assets = Path(data["assets"]) if isinstance(data, dict) else None
+    if assets is None or not (assets / "config.json").is_file():
+        raise ModelError(f"{run.path}: the model that training started from is not at {assets} any more; say by "
+                         f"--reference DIR where it is")  # fmt: skip
+    entry: dict[str, Any] = dict(config["model"])
+    if entry.get("trust_remote_code"):  # nothing that is measured runs code of its own
+        entry["trust_remote_code"] = False
+    model = cast(ModelSpec, validate_spec("model", entry, plugins=plugins))
+    made = f"from run.seed={config['run']['seed']}, " if not model.trained() else ""
+    say(f"reference: the weights that the run started from, {made}{assets}")
+    return whole(model.build(assets, seed=config["run"]["seed"]), loaded)
