@@ -249,6 +249,8 @@ class ObjectiveSpec(AbstractSpec):
     """Fields that the rows do not depend on, so that prepared ones serve for other values too."""
     learns_tokens: ClassVar[bool] = True
     """Whether an example of which no token is a target has nothing to learn."""
+    lr_scale: ClassVar[float] = 1.0
+    """What `optim.lr=auto` is multiplied by for weights that come trained."""
 
     def outputs(self) -> Sequence[str]:
         """The names of a model's outputs, one number each, in place of its vocabulary; none for a language model."""

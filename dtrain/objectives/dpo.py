@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @spec
 class DPO(AbstractPairs):
     of_loss: ClassVar[frozenset[str]] = frozenset({"loss", "beta", "label_smoothing", "reference"})
+    lr_scale: ClassVar[float] = 0.05
 
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """Of how much more the chosen reply has gained: DPO's own (arXiv 2305.18290); the square of the distance from

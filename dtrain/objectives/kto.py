@@ -38,6 +38,7 @@ class KTO(AbstractReplies):
     """
 
     of_loss: ClassVar[frozenset[str]] = frozenset({"beta", "good_weight", "bad_weight", "reference"})
+    lr_scale: ClassVar[float] = 0.05
 
     beta: Positive = 0.1
     """How closely the model is held to the reference."""

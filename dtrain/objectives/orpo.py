@@ -20,6 +20,7 @@ class ORPO(AbstractPairs):
     """arXiv 2403.07691. There is no reference model."""
 
     of_loss: ClassVar[frozenset[str]] = frozenset({"weight"})
+    lr_scale: ClassVar[float] = 0.25
 
     weight: Positive = 0.1
     """Of the odds ratio's term beside the cross-entropy of the chosen reply, which is the mean over its tokens; lambda

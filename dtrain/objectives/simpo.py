@@ -20,6 +20,7 @@ class SimPO(AbstractPairs):
     """arXiv 2405.14734."""
 
     of_loss: ClassVar[frozenset[str]] = frozenset({"beta", "gamma"})
+    lr_scale: ClassVar[float] = 0.05
 
     beta: Positive = 2.0
     """What the mean log-probability of a reply's tokens is multiplied by."""

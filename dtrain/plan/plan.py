@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from dtrain.config.schema import Config
-from dtrain.config.spec import StrategySpec
+from dtrain.config.spec import ObjectiveSpec, StrategySpec
 from dtrain.errors import PlanError
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.figures import Figures
@@ -101,8 +101,10 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     if (why := concrete[chosen].unsavable()) is not None:
         notes.append(f"{why}, so that nothing is saved; a run that ends early starts from the first step")
     memory = {key: room.memory(one, micro) for key, one in concrete.items()}
+    lr, line = lr_of(config, config.objective)
+    notes += [line] if line else []
     return Plan(
-        topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), _lr(config, notes),
+        topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), lr,
         config.dataset.max_length, memory, capacity, saved_bytes * need.num_trainable, tuple(notes),
     )  # fmt: skip
 
@@ -235,15 +237,19 @@ def _precision(config: Config, device: Device, machine: Machine,
     return settled
 
 
-def _lr(config: Config, notes: list[str]) -> float:
+def lr_of(config: Config, objective: ObjectiveSpec) -> tuple[float, str]:
+    """The learning rate, and where it was left open a line about it; `objective` is the one that is chosen."""
     if config.optim.lr != "auto":
-        return config.optim.lr
+        return config.optim.lr, ""
     trained = config.model.trained()
-    scale = config.tuning.lr_scale
-    lr = (config.optim.tuning_lr if trained else config.optim.fresh_lr) * scale
-    for_tuning = "" if scale == 1.0 else f", times {scale:g} for tuning={type(config.tuning).__name__.lower()}"
-    notes.append(f"optim.lr=auto takes {lr:g}: the weights {'come trained' if trained else 'are fresh'}{for_tuning}")
-    return lr
+    lr = config.optim.tuning_lr if trained else config.optim.fresh_lr
+    line = f"the weights {'come trained' if trained else 'are fresh'}"
+    for one in (config.tuning, objective) if trained else (config.tuning,):
+        if one.lr_scale != 1.0:
+            lr *= one.lr_scale
+            line += f", times {one.lr_scale:g} for {one.group}={type(one).__name__.lower()}"
+    lr = float(f"{lr:g}")  # as it is told, without what multiplying adds in the last digit
+    return lr, f"optim.lr=auto takes {lr:g}: {line}"
 
 
 def _global_batch(config: Config) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dtrain.config.schema import Config
 from dtrain.config.spec import ObjectiveSpec, StrategySpec
 from dtrain.errors import DataError
-from dtrain.plan.plan import Plan, num_steps
+from dtrain.plan.plan import Plan, lr_of, num_steps
 
 
 def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], objective: ObjectiveSpec,
@@ -29,7 +29,7 @@ def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], o
         objective=objective,
         strategy=strategy,
         device=plan.device,
-        optim=dataclasses.replace(config.optim, lr=plan.lr),  # type: ignore[type-var]
+        optim=dataclasses.replace(config.optim, lr=lr_of(config, objective)[0]),  # type: ignore[type-var]
         train=dataclasses.replace(config.train, precision=plan.precision, epochs=None,
                                   steps=num_steps(config, global_batch, num_rows)),
         batch=dataclasses.replace(config.batch, global_batch=global_batch, global_tokens=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from dtrain.trackers.base import Confusion
@@ -65,7 +65,7 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def draw_confusion(found: Confusion, path: Path, title: str) -> None:
+def draw_confusion(found: Confusion, to: Path | BinaryIO, title: str) -> None:
     """Draw how often each label was taken for each, coloured by the share of the label's own texts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -87,4 +87,4 @@ def draw_confusion(found: Confusion, path: Path, title: str) -> None:
     for i, row in enumerate(found.counts if num <= _WRITTEN else []):
         for j, count in enumerate(row):
             axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.6 else "black")
-    figure.savefig(path)
+    figure.savefig(to, format="png")

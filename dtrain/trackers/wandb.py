@@ -6,6 +6,7 @@ All of it runs in a thread of its own: a slow import, a slow server or none at a
 from __future__ import annotations
 
 import http.client
+import io
 import netrc
 import os
 import queue
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from dtrain.config.spec import TrackerSpec, spec
 from dtrain.runs import redact_config
-from dtrain.trackers.base import AbstractTracker, EvalReport, Sample, SamplesReport, StepReport
+from dtrain.trackers.base import AbstractTracker, Confusion, EvalReport, Sample, SamplesReport, StepReport
 from dtrain.trackers.jsonl import row
 
 REACH_S = 3.0
@@ -98,13 +99,21 @@ def run_id(run_dir: Path, first_step: int) -> str:
     return made
 
 
-def _table(value: Any) -> Any:
-    """Samples as a table of W&B's, anything else as it is."""
-    if not isinstance(value, SamplesReport):
+def _shown(value: Any) -> Any:
+    """Samples as a table of W&B's, confusions as a picture, anything else as it is."""
+    if not isinstance(value, SamplesReport | Confusion):
         return value
     import wandb
 
-    return wandb.Table(columns=list(Sample._fields), data=[list(one) for one in value.samples])
+    if isinstance(value, SamplesReport):
+        return wandb.Table(columns=list(Sample._fields), data=[list(one) for one in value.samples])
+    from PIL import Image
+
+    from dtrain.trackers._plot import draw_confusion
+
+    file = io.BytesIO()
+    draw_confusion(value, file, "eval")
+    return wandb.Image(Image.open(file))
 
 
 @final
@@ -124,7 +133,8 @@ class _Wandb(AbstractTracker):
         self._todo.put((report.step, names(report)))
 
     def eval(self, report: EvalReport) -> None:
-        self._todo.put((report.step, names(report)))
+        pictures = {} if report.confusion is None else {"eval/confusion": report.confusion}
+        self._todo.put((report.step, names(report) | pictures))
 
     def samples(self, report: SamplesReport) -> None:
         self._todo.put((report.step, {"eval/samples": report}))
@@ -153,7 +163,7 @@ class _Wandb(AbstractTracker):
         try:
             run = self._open()
             while not isinstance(item := self._todo.get(), str):
-                run.log({key: _table(value) for key, value in item[1].items()}, step=item[0])
+                run.log({key: _shown(value) for key, value in item[1].items()}, step=item[0])
             run.finish(exit_code=0 if item == "done" else 1)
         except Exception as error:  # noqa: BLE001  wandb raises what it likes, and none of it may end a run
             self._warn(f"stopped: {type(error).__name__}: {error}")

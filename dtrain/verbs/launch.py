@@ -116,6 +116,7 @@ def check_folder(run: RunDir) -> None:
 def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
     """Fetch, make or find what the ranks read, and settle by it what was open."""
     from dtrain.data.prepare import prepare
+    from dtrain.plan.plan import lr_of
     from dtrain.plan.settle import settle
     from dtrain.verbs import _prompts
 
@@ -135,6 +136,8 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
     if padding := prepared.padding(batch, config.run.seed):
         say(padding)
     say(f"objective: {type(prepared.objective).__name__.lower()}")
+    if settled.optim.lr != proposal.plan.lr:
+        say(lr_of(config, prepared.objective)[1])
     return prepared, settled
 
 

@@ -6,10 +6,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from dtrain.checkpoint.manifest import folder_name
 from dtrain.data.store import RowStore
 from dtrain.models.outputs import with_outputs
 from tests.contract.preferences import (
@@ -25,12 +27,14 @@ from tests.contract.preferences import (
     reward,
     scored,
 )
-from tests.contract.small import Recipe, Trained, make_built, overrides, reference, train
+from tests.contract.saved import Ran, run, whole
+from tests.contract.small import Recipe, Trained, make_built, overrides, reference, settled, train
 from tests.contract.test_equivalence import STRATEGIES, difference
 from tests.contract.test_tuning import exported
 from tests.processes import run_ranks
 
 RECIPE = Recipe(6, steps=4)
+HALF = 2
 
 
 @pytest.fixture(scope="session")
@@ -199,6 +203,21 @@ def _fresh_score(folder: Path) -> torch.Tensor:
     return bundle.weights.read("score.weight", 0, shape.numel()).view(shape)
 
 
+def _with_outputs(data: Path, names: list[str], to: Path) -> Path:
+    """The same rows, and the model with outputs of its own in place of the vocabulary."""
+    folder = to / "data"
+    folder.mkdir()
+    (folder / "model").symlink_to(with_outputs(data / "model", names, 0, to / "cache"))
+    for one in ("train", "eval"):
+        (folder / f"{one}.arrow").symlink_to(data / f"{one}.arrow")
+    return folder
+
+
+def _typed_outputs(folder: Path, name: str, *more: str) -> list[str]:
+    typed = [one for one in overrides(folder, RECIPE, *more) if not one.startswith("objective=")]
+    return [*typed, f"objective={name}", *([f"objective.labels=[{','.join(LABELS)}]"] if name == "classifier" else [])]
+
+
 @pytest.mark.parametrize(("name", "strategy", "size"), [
     ("reward", "zero3", 2), ("reward", "ddp", 1), ("classifier", "fsdp2", 2), ("classifier", "zero1", 2),
 ])  # fmt: skip
@@ -206,17 +225,11 @@ def test_models_with_outputs_of_their_own_are_trained_alike(
     replies: Path, labelled: Path, tmp_path: Path, name: str, strategy: str, size: int
 ) -> None:
     data, names, loss = (replies, ["reward"], reward) if name == "reward" else (labelled, [*LABELS], classes)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "model").symlink_to(with_outputs(data / "model", names, 0, tmp_path / "cache"))
-    for one in ("train", "eval"):
-        (folder / f"{one}.arrow").symlink_to(data / f"{one}.arrow")
+    folder = _with_outputs(data, names, tmp_path)
     score = _fresh_score(folder)
     assert 0.05 < float(score.std()) < 0.2, "drawn by the model's own rules, with initializer_range=0.1"
     expected = reference(folder, RECIPE, prepare=lambda _: scored(folder / "model", score), mean_loss=loss)
-    typed = [one for one in overrides(folder, RECIPE, f"strategy={strategy}") if not one.startswith("objective=")]
-    typed += [f"objective={name}", *([f"objective.labels=[{','.join(names)}]"] if name == "classifier" else [])]
-    for got in run_ranks(train, folder, typed, size=size):
+    for got in run_ranks(train, folder, _typed_outputs(folder, name, f"strategy={strategy}"), size=size):
         assert got.losses == pytest.approx(expected.losses, rel=1e-5)
         assert got.norms == pytest.approx(expected.norms, rel=1e-5)
         assert got.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
@@ -225,17 +238,41 @@ def test_models_with_outputs_of_their_own_are_trained_alike(
             assert difference(got.weights[key], weight) < 1e-5, key
 
 
+def _and_on(folder: Path, before: list[str], after: list[str], root: Path) -> tuple[Ran, Ran]:
+    """Call it on every rank."""
+    first = run(folder, settled(before), root / "a", None, noise=False)
+    return first, run(folder, settled(after), root / "b", root / "a" / folder_name(HALF), noise=False)
+
+
+@pytest.mark.parametrize(("name", "strategies", "more"), [
+    ("reward", ("zero3", "fsdp2"), ()), ("classifier", ("fsdp2", "zero1"), ()),
+    ("classifier", ("ddp", "zero3"), tuple(LORA)),
+])  # fmt: skip
+def test_models_with_outputs_of_their_own_go_on_elsewhere(
+    replies: Path, labelled: Path, tmp_path: Path, name: str, strategies: tuple[str, str], more: tuple[str, ...]
+) -> None:
+    data, names = (replies, ["reward"]) if name == "reward" else (labelled, [*LABELS])
+    folder = _with_outputs(data, names, tmp_path)
+    before, after = (_typed_outputs(folder, name, *more, f"strategy={one}", f"checkpoint.every_steps={HALF}",
+                                    "checkpoint.at_end=false") for one in strategies)  # fmt: skip
+    ran = run_ranks(_and_on, folder, before, after, tmp_path, size=2)
+    saved, loaded = whole(first.saved for first, _ in ran), whole(then.first for _, then in ran)
+    assert "score.weight" in saved["exp_avg"]
+    for state, tensors in saved.items():
+        for key, tensor in tensors.items():
+            np.testing.assert_array_equal(loaded[state][key], tensor, err_msg=f"{state} of {key}")
+    first, then = ran[0]
+    assert len(then.losses) == RECIPE.steps - HALF
+    assert then.losses == pytest.approx(first.losses[HALF:], rel=1e-5)
+    assert then.norms == pytest.approx(first.norms[HALF:], rel=1e-5)
+
+
 def test_new_outputs_are_trained_and_kept_with_an_adapter(labelled: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    folder, to = tmp_path / "data", tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "model").symlink_to(with_outputs(labelled / "model", [*LABELS], 0, tmp_path / "cache"))
-    for one in ("train", "eval"):
-        (folder / f"{one}.arrow").symlink_to(labelled / f"{one}.arrow")
-    typed = [one for one in overrides(folder, RECIPE, "strategy=zero2", *LORA) if not one.startswith("objective=")]
-    typed += ["objective=classifier", f"objective.labels=[{','.join(LABELS)}]", "export.dtype=fp32"]
+    folder, to = _with_outputs(labelled, [*LABELS], tmp_path), tmp_path / "adapter"
+    typed = _typed_outputs(folder, "classifier", "strategy=zero2", *LORA, "export.dtype=fp32")
     ran = run_ranks(exported, folder, typed, to, size=2)[0]
     assert ran.trained["score.weight"] == (len(LABELS), 32)
     base = AutoModelForSequenceClassification.from_pretrained(

@@ -77,21 +77,26 @@ def test_frozen_parts_stay_and_the_rest_is_as_in_one_plain_process(
                 np.testing.assert_array_equal(weight, before[name], err_msg=name)
 
 
-def _frozen(folder: Path, config: list[str]) -> dict[str, Sequence[Any]]:
-    built = make_built(folder, config)
-    return {one.name: (one.start, one.views["weight"].dtype, one.views["weight"].float().numpy().copy())
-            for one in built.strategy.frozen_shards()}  # fmt: skip
+def _frozen(folder: Path, each: dict[str, list[str]]) -> dict[str, dict[str, Sequence[Any]]]:
+    """Call it on every rank: one after another, by one group of ranks."""
+    found = {}
+    for strategy, config in each.items():
+        shards = make_built(folder, config).strategy.frozen_shards()
+        found[strategy] = {one.name: (one.start, one.views["weight"].dtype, one.views["weight"].float().numpy().copy())
+                           for one in shards}  # fmt: skip
+    return found
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_in_bf16_what_is_frozen_is_kept_once_and_in_bf16(small: Path, strategy: str) -> None:
+def test_in_bf16_what_is_frozen_is_kept_once_and_in_bf16(small: Path) -> None:
     before = _files(small)
-    for ran in run_ranks(_frozen, small, typed(small, Recipe(7), strategy, *FREEZE, "train.precision=bf16"), size=2):
-        assert ran
-        for name, (start, dtype, values) in ran.items():
-            assert dtype == torch.bfloat16
-            expected = torch.from_numpy(before[name]).flatten()[start : start + len(values)].bfloat16().float()
-            np.testing.assert_array_equal(values, expected.numpy(), err_msg=name)
+    bf16 = {name: typed(small, Recipe(7), name, *FREEZE, "train.precision=bf16") for name in STRATEGIES}
+    for ran in run_ranks(_frozen, small, bf16, size=2):
+        for strategy, shards in ran.items():
+            assert shards, strategy
+            for name, (start, dtype, values) in shards.items():
+                assert dtype == torch.bfloat16, (strategy, name)
+                expected = torch.from_numpy(before[name]).flatten()[start : start + len(values)].bfloat16().float()
+                np.testing.assert_array_equal(values, expected.numpy(), err_msg=f"{strategy}: {name}")
 
 
 LORA = ("tuning=lora", "tuning.rank=3", "tuning.alpha=12")
@@ -180,6 +185,24 @@ def test_lora_is_what_peft_makes_of_it_in_one_plain_process(
                 assert difference(weight, lora_plainly.weights[name]) < 1e-5, name
             else:
                 np.testing.assert_array_equal(weight, before[name.replace(".base_layer", "")], err_msg=name)
+
+
+def _tune_each(folder: Path, each: dict[str, list[str]]) -> dict[str, Tuned]:
+    """Call it on every rank: one after another, by one group of ranks."""
+    return {name: tune(folder, config) for name, config in each.items()}
+
+
+def test_lora_in_bf16_means_the_same_in_every_strategy(small: Path, lora_plainly: Any) -> None:
+    # The bounds of `test_bf16_means_the_same_in_every_strategy`: of losses 2^-8, of norms ten times that.
+    bf16 = {name: typed(small, Recipe(7), name, *LORA, "train.precision=bf16") for name in STRATEGIES}
+    one = run_ranks(_tune_each, small, {"ddp": bf16["ddp"]}, size=1)[0]["ddp"]
+    assert one.losses == pytest.approx(lora_plainly.losses, rel=3e-2)
+    assert one.losses != pytest.approx(lora_plainly.losses, rel=1e-6), "this was not bf16"
+    for ran in run_ranks(_tune_each, small, bf16, size=2):
+        for strategy, two in ran.items():
+            assert len(two.losses) == 10
+            assert two.losses == pytest.approx(one.losses, rel=4e-3), strategy
+            assert two.norms == pytest.approx(one.norms, rel=4e-2), strategy
 
 
 WAYS: dict[str, tuple[str, ...]] = {

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from dtrain.config import frozen
+from dtrain.config.spec import ObjectiveSpec
 from dtrain.errors import DataError
+from dtrain.objectives.dpo import DPO
+from dtrain.objectives.kto import KTO
+from dtrain.objectives.orpo import ORPO
 from dtrain.objectives.pretrain import Pretrain
 from dtrain.plan.machine import Machine, peak_flops
 from dtrain.plan.plan import num_steps
@@ -130,3 +134,24 @@ def test_world_from_the_environment() -> None:
     assert World.from_env("cpu", {}).size == 1
     with pytest.raises(Exception, match="RANK set in the environment but not WORLD_SIZE, LOCAL_RANK"):
         World.from_env("cpu", {"RANK": "0"})
+
+
+@pytest.mark.parametrize(("objective", "typed", "lr"), [
+    (DPO(), ["model=qwen0_5b"], 1e-6),
+    (DPO(), ["model=qwen0_5b", "tuning=lora"], 1e-5),
+    (KTO(), ["model=qwen0_5b"], 1e-6),
+    (ORPO(), ["model=qwen0_5b"], 5e-6),
+    (Pretrain(), ["model=qwen0_5b"], 2e-5),
+    (DPO(), ["model=tiny"], 1e-3),
+    (DPO(), ["model=qwen0_5b", "optim.lr=3e-4"], 3e-4),
+], ids=str)  # fmt: skip
+def test_the_rate_is_that_of_the_objective_which_the_rows_call_for(
+    objective: ObjectiveSpec, typed: list[str], lr: float
+) -> None:
+    proposal = propose(["objective=auto", "device_memory_gb=80", *typed], None)
+    assert settle(proposal.config, proposal.plan, proposal.strategies, objective, 100).optim.lr == lr
+    name = type(objective).__name__.lower()
+    named = propose([f"objective={name}", "device_memory_gb=80", *typed], None).plan
+    assert named.lr == lr
+    scaled = objective.lr_scale != 1.0 and "model=tiny" not in typed and not typed[-1].startswith("optim")
+    assert any(f"for objective={name}" in note for note in named.notes) == scaled

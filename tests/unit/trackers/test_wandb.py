@@ -19,6 +19,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 CODE = """
 import os, sys, time
 from pathlib import Path
+from dtrain.trackers.base import Confusion
 from dtrain.trackers.fan_out import FanOut
 from dtrain.trackers.jsonl import Jsonl
 from dtrain.trackers.wandb import Wandb
@@ -31,7 +32,8 @@ trackers = FanOut([spec.build(run_dir, config, sys.stdout) for spec in (Console(
 slowest = 0
 for tell in [lambda: trackers.start(steps=3, first_step=int(os.environ.get("FIRST_STEP", "0")), lines=[])] + [
     lambda step=step: trackers.step(step_report(step, extras={"aux": 1.0})) for step in (1, 2, 3)
-] + [lambda: trackers.eval(eval_report(3)), lambda: trackers.samples(samples_report(3))]:
+] + [lambda: trackers.eval(eval_report(3, confusion=Confusion(["no", "yes"], [[3, 1], [0, 4]]))),
+     lambda: trackers.samples(samples_report(3))]:
     began = time.monotonic()
     tell()
     slowest = max(slowest, time.monotonic() - began)
@@ -62,6 +64,9 @@ def test_without_a_key_it_writes_to_disk_says_nothing_and_no_secret(tmp_path: Pa
     assert [path.stem for path in files] == [f"run-{identity}"] * 2
     tables = [json.loads(path.read_text()) for path in run_dir.rglob("*.table.json")]
     assert [table["data"][1] for table in tables] == [["c" * 80, "d", "length", 9]] * 2
+    pictures = list(run_dir.rglob("media/images/eval/confusion*.png"))
+    assert len(pictures) == 2
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     written = b"".join(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
     assert b"train/loss" in written
     assert b"eval/loss" in written

@@ -99,27 +99,34 @@ def test_the_loss_of_each_source_and_of_all(model: Path, here: Path, capsys) -> 
     assert len({row["row"] for row in _read(here / "out-true", "loss")}) < 6
 
 
-@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["lora", "prompt", "ptuning", "prefix"])
 def test_an_adapter_is_measured_with_its_model(model: Path, here: Path, capsys, kind: str) -> None:
     digest = weights_digest(model, here, lambda line: None)
     adapter = write_adapter(here / "adapter", model, path=str(model), digest=digest, kind=kind)
     _write(here / "a.jsonl", [{"text": text} for text in WORDS])
-    out, _ = _ok(capsys, adapter, "dataset.path=a.jsonl", "dataset.max_length=32")
     found = [_nll(model, text, adapter=adapter) for text in WORDS]
     expected = sum(one for one, _ in found) / sum(num for _, num in found)
-    assert float(_row(out, "a.jsonl")[2]) == pytest.approx(expected, abs=2e-5)
+    for packing in ("true", "false"):
+        out, _ = _ok(capsys, adapter, "dataset.path=a.jsonl", "dataset.max_length=32", f"dataset.packing={packing}")
+        assert float(_row(out, "a.jsonl")[2]) == pytest.approx(expected, abs=2e-5)
     assert abs(expected - sum(_nll(model, text)[0] for text in WORDS) / sum(num for _, num in found)) > 1e-3
 
 
-def test_labels_by_how_likely_they_are(model: Path, here: Path, capsys) -> None:
+@pytest.mark.parametrize("kind", ["", "prompt", "prefix"])
+def test_labels_by_how_likely_they_are(model: Path, here: Path, capsys, kind: str) -> None:
+    adapter = None
+    if kind:
+        digest = weights_digest(model, here, lambda line: None)
+        adapter = write_adapter(here / "adapter", model, path=str(model), digest=digest, kind=kind)
     labels = ["mat", "the dog", "house"]
     rows = [{"text": text, "label": labels[i % 3]} for i, text in enumerate(WORDS)]
     _write(here / "labels.jsonl", rows)
-    out, _ = _ok(capsys, model, "--data", "labels.jsonl", "dataset.max_length=48", "objective=sft", "--out", "out")
+    out, _ = _ok(capsys, adapter or model, "--data", "labels.jsonl", "dataset.max_length=48", "objective=sft",
+                 "--out", "out")  # fmt: skip
     lines = _read(here / "out", "label")
     hits = 0
     for line, row in zip(lines, rows, strict=True):
-        scores = {label: -_nll(model, f"{row['text']}\n{label}", len(row["text"]) + 1)[0] for label in labels}
+        scores = {label: -_nll(model, f"{row['text']}\n{label}", len(row["text"]) + 1, adapter)[0] for label in labels}
         assert line["scores"] == pytest.approx(scores, rel=1e-5)
         assert (line["label"], line["predicted"]) == (row["label"], max(scores, key=scores.__getitem__))
         hits += line["label"] == line["predicted"]

@@ -125,7 +125,9 @@ def test_conversations_are_rendered_as_they_are_trained_on(model: Path, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["prompt", "ptuning", "prefix"])
-def test_what_comes_before_a_prompt_comes_before_each(model: Path, tmp_path: Path, capsys, kind: str) -> None:
+def test_what_comes_before_a_prompt_comes_before_each(
+    model: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     digest = weights_digest(model, tmp_path, lambda line: None)
     adapter = write_adapter(tmp_path / kind, model, path=str(model), digest=digest, kind=kind)
     alone = [_greedy(model, text, 12, adapter) for text in PROMPTS]
@@ -137,6 +139,20 @@ def test_what_comes_before_a_prompt_comes_before_each(model: Path, tmp_path: Pat
     assert said == "".join(f"{text}{reply}\n\n" for text, reply in zip(PROMPTS, alone, strict=True))
     text = _refused(capsys, "generate", adapter, "--prompt", PROMPTS[0], "--max-new-tokens", POSITIONS)
     assert f"the model {POSITIONS - PLACES} positions" in text
+    # Two of one length, which are written together, and one of another.
+    same = [PROMPTS[2], "cat", PROMPTS[0]]
+    assert [len(TextTokenizer.load(model).encode(text)) for text in same] == [1, 1, 2]
+    source = _rows(tmp_path / "in.jsonl", [{"prompt": text} for text in same])
+    _ok(capsys, "generate", adapter, "--in", source, "--out", tmp_path / "out", "--batch", 2, "--max-new-tokens", 12)
+    expected = [alone[2], _greedy(model, same[1], 12, adapter), alone[0]]
+    assert [row["generated"] for row in _rows(tmp_path / "out")] == expected
+    asked = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    reply = _greedy(model, asked, 8, adapter)
+    second = f"{asked}{reply}<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    said = _talk(monkeypatch, capsys, adapter, ["the cat", "hello"], "--debug")
+    given = [part.split("\n--- ")[0] for part in said.split("--- the model is given\n")[1:]]
+    assert given == [asked, second]
+    assert _greedy(model, second, 8, adapter) in said
 
 
 def test_an_adapter_finds_its_model(model: Path, adapter: Path, tmp_path: Path, capsys) -> None:
