@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,13 +10,12 @@ from typing import Any
 
 from pydantic import Field
 
+from dtrain.config import named
 from dtrain.config.spec import spec
 from dtrain.datasets._values import kind
 from dtrain.datasets.badrows import BadRowError
 from dtrain.datasets.table import AbstractTable, Found
 from dtrain.errors import DataError
-
-_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @spec
@@ -33,16 +30,10 @@ class Python(AbstractTable):
     for another version, another source file, other `args`, and nothing else."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.function == "???":
-            found.append("dataset.function: not given; name yours, as in dataset.function=my_package.rows:train")
-        elif not _NAME.fullmatch(self.function):
-            found.append(f"dataset.function={self.function}: not module:function, as in my_package.rows:train")
-        return found
+        return [*super().problems(), *named.problems("dataset.function", self.function, "my_package.rows:train")]
 
     def packages(self) -> Mapping[str, str]:
-        package = self.function.partition(".")[0].partition(":")[0]
-        return {f"dataset.function={self.function}": package} if _NAME.fullmatch(self.function) else {}
+        return named.packages("dataset.function", self.function)
 
     def about(self) -> list[str]:
         return [f"{self.function} in {self._source()}; after a change elsewhere, type another dataset.version"]
@@ -81,13 +72,4 @@ class Python(AbstractTable):
         return Path(file)
 
     def _find(self) -> Callable[..., Any]:
-        """Raises DataError."""
-        module, _, name = self.function.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except Exception as error:  # what a user's module raises at import is its own affair
-            raise DataError(f"dataset.function={self.function}: {type(error).__name__} while {module} was imported: "
-                            f"{error}") from error  # fmt: skip
-        if not callable(found):
-            raise DataError(f"dataset.function={self.function}: {module} has no function {name}")
-        return found
+        return named.find("dataset.function", self.function, DataError)

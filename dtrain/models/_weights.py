@@ -7,18 +7,15 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from dtrain.errors import ModelError
 from dtrain.models.base import AbstractWeights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _SHOWN = 5
 """Names that a message lists before it counts the rest."""
@@ -141,6 +138,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more ({len(names)} in all)" if rest > 0 else "")
 
 
+Rules = Callable[[Sequence[nn.Module]], None]
+"""Draw the values of the first module's own parameters; the others are what holds it, up to the root."""
+
+
 @final
 class FreshWeights(AbstractWeights):
     """What the model's own rules give when training starts from nothing.
@@ -149,10 +150,13 @@ class FreshWeights(AbstractWeights):
     the values of the last two modules.
     """
 
-    def __init__(self, model: PreTrainedModel, seed: int) -> None:
-        """`model` is on meta and is not wrapped later: its rules are run on one module at a time."""
+    def __init__(self, model: nn.Module, seed: int, by: Rules | None = None) -> None:
+        """`model` is on meta and is not wrapped later: its rules are run on one module at a time. `by`: them; those of
+        transformers where there are none.
+        """
         self._model = model
         self._seed = seed
+        self._by = by or _of_transformers
         self._kept: collections.OrderedDict[str, dict[str, torch.Tensor]] = collections.OrderedDict()
 
     def read(self, name: str, start: int, numel: int) -> torch.Tensor:
@@ -177,8 +181,7 @@ class FreshWeights(AbstractWeights):
             for name, p in module.named_parameters(recurse=False)
         }
         with _replaced(module, values), seeded(self._seed, owner), torch.no_grad():
-            for i, holder in enumerate(chain):
-                _rules_of(chain[i:])._init_weights(holder)
+            self._by(chain)
         return {name: value.data for name, value in values.items()}
 
 
@@ -190,10 +193,12 @@ def _ancestors(root: nn.Module, name: str) -> Iterator[nn.Module]:
         yield root.get_submodule(name)
 
 
-def _rules_of(chain: list[nn.Module]) -> Any:
+def _of_transformers(chain: Sequence[nn.Module]) -> None:
     from transformers import PreTrainedModel
 
-    return next(module for module in chain if isinstance(module, PreTrainedModel))
+    for i, holder in enumerate(chain):
+        model = next(module for module in chain[i:] if isinstance(module, PreTrainedModel))
+        model._init_weights(holder)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ def _settled(config: Config, plan: Plan) -> list[str]:
     kept = config.tuning.num_frozen(f)
     trained = f"{num_trained / 1e6:,.1f} M trained ({_name(config.tuning)})" if kept else "all trained"
     about = ", counted as a Llama of these sizes" if f.estimate else ""
+    sizes = "a network of your own" if f.blank else f"{f.layers} layers of {f.hidden}, vocabulary {f.vocab:,}"
     packed = "packed" if config.dataset.packing else "one document each"
     steps = (
         f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs, in whole steps once the rows are counted"
@@ -41,8 +42,7 @@ def _settled(config: Config, plan: Plan) -> list[str]:
     schedule = f"{_name(config.schedule)} after {config.schedule.warmup_steps} steps of warm-up"
     return [
         f"run        {config.run.name} in {config.run.dir}/{config.run.name}, seed {config.run.seed}",
-        f"model      {f.num_params / 1e6:,.1f} M parameters{about}, {trained}; {f.layers} layers of {f.hidden}, "
-        f"vocabulary {f.vocab:,}",
+        f"model      {f.num_params / 1e6:,.1f} M parameters{about}, {trained}; {sizes}",
         f"data       {_dataset(config)}{', streamed' * config.dataset.streaming}: rows of up to {plan.length:,} "
         f"tokens, {packed}; objective {_name(config.objective)}, template {config.template.name}",
         f"ranks      {t.size} on {plan.device}: {t.nodes} node{'s' * (t.nodes > 1)} x {t.procs_per_node}",

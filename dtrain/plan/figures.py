@@ -71,6 +71,9 @@ class Figures:
     estimate: bool = False
     """Whether the counts are those of a Llama of this size, since the model type is not one that we know."""
 
+    blank: bool = False
+    """Whether only the counts of parameters say something: of a network that is no language model."""
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Figures:
         """From the keys of a `config.json`; exact for the families above. Raises ModelError."""

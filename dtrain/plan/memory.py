@@ -94,6 +94,8 @@ def _activations(need: Need, shape: Shape) -> float:
     by operation (a test compares with what is saved).
     """
     f, e = need.figures, need.compute_bytes
+    if f.blank:
+        return 0.0
     tokens = shape.micro_batch * shape.length
     q, kv = f.heads * f.head_dim, f.kv_heads * f.head_dim
     # A norm keeps its input in fp32, its normalised value and its output.
@@ -117,6 +119,8 @@ def _loss(need: Need, shape: Shape) -> float:
     states.
     """
     f, e = need.figures, need.compute_bytes
+    if f.blank:
+        return 0.0
     tokens = shape.micro_batch * shape.length
     rows = min(tokens, max(LOSS_LEAST_ROWS, LOSS_CHUNK_BYTES[shape.device] // (4 * f.vocab)))
     weight_grad = (e if rows == tokens else 4) * f.vocab * f.hidden

@@ -67,7 +67,8 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     device = settle_device(config, machine)
     figures = config.model.figures()
     precision = _precision(config, device, machine, notes)
-    problems = [*_check_length(config, figures), *_check_precision(config, device), *_check_tokens(config),
+    problems = [*_check_length(config, figures), *_check_blank(config, figures), *_check_precision(config, device),
+                *_check_tokens(config),
                 *_check_epochs(config), *config.strategy.misfits(topology, device),
                 *config.model.misfits(device)]  # fmt: skip
     if not config.strategy.candidates():
@@ -91,6 +92,9 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
         packed = "of a packed row too; the table below counts one document a row" * config.dataset.packing
         notes.append(f"tuning.num_virtual_tokens={virtual}: that many places come before every document, beside the "
                      f"{config.dataset.max_length} tokens of a row{', ' * bool(packed)}{packed}")  # fmt: skip
+    if figures.blank:
+        notes.append("what forward and backward need of memory is not counted, as no more is known of the network than "
+                     "its parameters; batch.micro_batch=N is yours to set")  # fmt: skip
     room = _Room(config, need, device, capacity, global_batch)
     concrete = {key: one for key, one in strategies.items()
                 if not one.candidates() and not one.misfits(topology, device)
@@ -185,6 +189,13 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
     raise PlanError(f"strategy={name}: none fits {room.capacity / 2**30:.1f} GiB a rank with a micro-batch of {least}: "
                     f"{'; '.join(tried)}; use more ranks, train.activation_checkpointing=true, a shorter "
                     f"dataset.max_length, or name a strategy with offload")  # fmt: skip
+
+
+def _check_blank(config: Config, figures: Figures) -> list[str]:
+    if not figures.blank or not config.tuning.keeps():
+        return []
+    name = type(config.tuning).__name__.lower()
+    return [f"tuning={name}: of a network of your own no more is known than its parameters; use tuning=full"]
 
 
 def _check_length(config: Config, figures: Figures) -> list[str]:

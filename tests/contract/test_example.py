@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from tests.processes import run_ranks
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits"
 
 
-def _typed(folder: Path, *more: str) -> list[str]:
-    return ["plugins=[digits]", "model=digits", "objective=digits", "dataset=files", f"dataset.path={folder / 'digits.csv'}",
-            "dataset.packing=false", "batch.global_batch=10", "batch.micro_batch=3", "train.steps=25", "optim.lr=0.02",
+def _typed(*more: str) -> list[str]:
+    return ["plugins=[digits]", "model=python", "model.function=digits:network", "objective=digits", "dataset=python",
+            "dataset.function=digits:images", "dataset.packing=false", "batch.global_batch=10", "batch.micro_batch=3", "train.steps=35", "optim.lr=0.02",
             "train.precision=fp32", "device=cpu", "eval.fraction=0.2", "eval.max_rows=null", *more]  # fmt: skip
 
 
-def _train(folder: Path, rows: tuple[Path, Path], plain: dict[str, Any]) -> tuple[list[float], float, float]:
+def _train(assets: Path, rows: tuple[Path, Path], plain: dict[str, Any]) -> tuple[list[float], float, float]:
     sys.path.insert(0, str(EXAMPLE))
     from dtrain.comm import TorchComm
     from dtrain.config.validate import validate
@@ -34,7 +35,7 @@ def _train(folder: Path, rows: tuple[Path, Path], plain: dict[str, Any]) -> tupl
 
     config = validate(plain, plugins=["digits"])
     world = World.from_env("cpu")
-    built = build(config, world, TorchComm(world), assets=folder / "cache" / "digits", pad_id=0,
+    built = build(config, world, TorchComm(world), assets=assets, pad_id=0,
                   rows=(RowStore(rows[0]), RowStore(rows[1])))  # fmt: skip
     record = Record()
     built.engine.run([record], Progress())
@@ -43,7 +44,7 @@ def _train(folder: Path, rows: tuple[Path, Path], plain: dict[str, Any]) -> tupl
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
-    """Ten shapes of 64 pixels with noise, in the layout of scikit-learn's digits, prepared; and the configuration."""
+    """Ten shapes of 64 pixels with noise in place of scikit-learn's digits, prepared; and the configuration."""
     from dtrain.data.prepare import prepare
     from dtrain.data.prepared import FILES
     from dtrain.plan.propose import configure
@@ -52,14 +53,15 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]
     shapes = draw.integers(0, 17, (10, 64))
     labels = draw.integers(0, 10, 300)
     pixels = np.clip(shapes[labels] + draw.integers(-4, 5, (300, 64)), 0, 16)
-    lines = [f"{' '.join(map(str, row))},{label}" for row, label in zip(pixels.tolist(), labels.tolist(), strict=True)]
-    (folder / "digits.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLE))
-        config, _ = configure(_typed(folder, "strategy=ddp"), EXAMPLE / "conf")
+        images = SimpleNamespace(data=pixels.astype(float), target=labels)
+        patch.setitem(sys.modules, "sklearn", SimpleNamespace())
+        patch.setitem(sys.modules, "sklearn.datasets", SimpleNamespace(load_digits=lambda: images))
+        config, _ = configure(_typed("strategy=ddp"), EXAMPLE / "conf")
         done = prepare(config.dataset, config.objective, config.model, config.template, eval_fraction=0.2, seed=0,
                        cache=folder / "cache", say=lambda line: None)  # fmt: skip
-        yield folder, (done.dir / FILES[0], done.dir / FILES[1]), frozen.to_plain(config)
+        yield done.assets, (done.dir / FILES[0], done.dir / FILES[1]), frozen.to_plain(config)
 
 
 def test_every_strategy_learns_the_same(ready: tuple[Any, ...]) -> None:

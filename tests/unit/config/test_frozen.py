@@ -19,6 +19,7 @@ NEEDED = {
     "dataset=python": ["dataset.function=tests.rows:train", "plugins=[tests]"],
     "launcher=k8s": ["launcher.image=example.org/dtrain:1", "launcher.claim=runs"],
     "model=hf": ["model.path=someone/something"],
+    "model=python": ["model.function=tests.net:make", "plugins=[tests]"],
 }
 CHOICES = [f"{group}={name}" for group, names in choices().items() for name in names]
 
