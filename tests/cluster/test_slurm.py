@@ -144,6 +144,27 @@ def test_whatever_becomes_of_it_on_the_way_it_ends_all_the_same(cluster: dict[st
     assert list(run.nodes.iterdir()) == []
 
 
+def test_a_sweep_is_an_array_whose_tasks_are_queued_again_by_themselves(cluster: dict[str, str], folder: Path) -> None:
+    done = dtrain(folder, "launch", "-m", *TYPED, "launcher.nodes=1", "train.steps=300", "run.seed=1,2", "run.name=a b",
+                  env=cluster)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    number = next(line for line in done.stdout.splitlines() if line.startswith("submitted")).split()[2].rstrip(":")
+    runs = [RunDir(folder / "runs" / f"a b-run.seed={seed}") for seed in (1, 2)]
+    tasks = [f"{number}_{i}" for i in range(2)]
+    for run, task in zip(runs, tasks, strict=True):
+        trains(cluster, run, task, 0)
+    for task in tasks[::-1]:  # one of them has the array's own number, and is not to take the other with it
+        subprocess.run(["scancel", "--signal=USR1", "--batch", task], env={**os.environ, **cluster}, check=True)
+    for run, task in zip(runs, tasks, strict=True):
+        assert ends(cluster, run, task) == "COMPLETED"
+        said = (folder / "runs" / f"job-{task}.log").read_text()
+        assert said.count("is queued again") == 1
+        assert f"job {task} is queued again" in said
+        assert [one["ended"] for one in run.read_manifest()["attempts"]] == ["stopped", "done"]
+        assert [row["step"] for row in rows(run)] == list(range(1, 301))
+    assert not (folder / "x").exists()
+
+
 def _lost(run: RunDir) -> list[int]:
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     return [event["lost_steps"] for event in events if event["kind"] == "launched"]
