@@ -4,14 +4,15 @@
 
 In bf16 each choice of `conf/strategy` trains the same 0.2 B model on the same rows; losses must agree step by step to
 bf16 noise. Then what only a GPU can show: fp16 with loss scaling, fp32 against bf16, ZeRO-3 with offload, recomputed
-activations, and each back end of attention; before that, each back end on small models of the presets' families, in
-each precision. Prints a table, writes it to docs/benchmarks.md under the device's name, exits 1 where something is
-wrong.
+activations, each back end of attention, and the loss by Liger's kernel, where that is installed, and by chunks; before
+that, each back end on small models of the presets' families, in each precision, and the kernel beside chunks. Prints a
+table, writes it to docs/benchmarks.md under the device's name, exits 1 where something is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import statistics
@@ -50,7 +51,7 @@ def main() -> int:
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
     print(device, flush=True)
     out = Path(tempfile.mkdtemp(prefix="dtrain-gpu-"))
-    rows, problems = [], _try_attention()
+    rows, problems = [], [*_try_attention(), *_try_loss()]
     try:
         reference = None
         for label, typed in _cases(quick=args.quick):
@@ -94,7 +95,37 @@ def _cases(*, quick: bool) -> list[tuple[str, list[str]]]:
             (f"{first} bf16 recomputed", [f"strategy={first}", "train.precision=bf16",
                                           "train.activation_checkpointing=true"]),
             *((f"{first} bf16 {name}", [f"strategy={first}", "train.precision=bf16", f"model.attention={name}"])
-              for name in _attention_names())]  # fmt: skip
+              for name in _attention_names()),
+            *((f"{first} bf16 loss by {name}", [f"strategy={first}", "train.precision=bf16", f"model.loss={name}"])
+              for name in ("chunks", *(["liger"] if _has_liger() else [])))]  # fmt: skip
+
+
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _try_loss() -> list[str]:
+    """Liger's kernel beside chunks: with small and large vocabularies, capped logits and a bias."""
+    import torch
+    from torch import nn
+
+    from dtrain.models._head import Head, Logits
+    from dtrain.models._loss import LIGER, fault
+    from dtrain.models.base import Setting
+
+    if not _has_liger():
+        print("loss      liger is not installed: pip install 'dtrain[liger]', to check it", flush=True)
+        return []
+    problems = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for vocab, bias, cap in ((151_936, False, None), (32_000, True, None), (50_257, False, 30.0)):
+            head = Head(nn.Linear(64, vocab, bias=bias), Logits(cap=cap))
+            wrong = fault(LIGER, head, Setting(torch.device("cuda", 0), dtype, packed=True))
+            label = f"{str(dtype).removeprefix('torch.')} {vocab:,} tokens{', a bias' * bias}{', capped' * bool(cap)}"
+            print(f"loss      liger {label:32} {wrong or 'passes'}", flush=True)
+            if wrong:
+                problems.append(f"loss liger {label}: {wrong}")
+    return problems
 
 
 def _attention_names() -> list[str]:

@@ -55,12 +55,19 @@ def flash_attn() -> dict[str, Any]:
 
 
 def liger_kernel() -> dict[str, Any]:
+    """What `model.loss` takes of it, forward and backward."""
+    import liger_kernel.transformers  # noqa: F401
     import torch
-    from liger_kernel.transformers import LigerRMSNorm
+
+    from dtrain.models._head import Logits
+    from dtrain.models._liger import cross_entropy
 
     if torch.cuda.is_available():
-        norm = LigerRMSNorm(64).to("cuda", torch.bfloat16)
-        norm(torch.randn(4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+        hidden, weight = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "ab")
+        ids = torch.arange(64, device="cuda")
+        cross_entropy(hidden, weight, None, ids, torch.bfloat16, Logits()).backward()
+        assert weight.grad is not None
+        assert torch.isfinite(weight.grad).all()
     return {"on": "cuda" if torch.cuda.is_available() else None}
 
 

@@ -95,7 +95,7 @@ def devices(place: Place) -> Iterator[Finding]:
 
 _OPTIONAL = {
     "flash_attn": ("flash-attn", "model.attention=flash_attention_2"),
-    "liger_kernel": ("liger-kernel", "Liger's kernels"),
+    "liger_kernel": ("liger-kernel", "model.loss=liger"),
     "bitsandbytes": ("bitsandbytes", "weights and optimizer state of 4 and 8 bits"),
 }
 """By module: the package, and what it is for."""

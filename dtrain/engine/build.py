@@ -25,7 +25,7 @@ from dtrain.engine.proof import Proof
 from dtrain.engine.samples import Sampler
 from dtrain.engine.state import State
 from dtrain.errors import CheckpointError
-from dtrain.models.base import DTYPES, AbstractWeights, Attention, Setting
+from dtrain.models.base import DTYPES, AbstractWeights, Attention, LossKernel, Setting
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
 from dtrain.runs.folder import utc
@@ -57,6 +57,7 @@ class Built:
     """Those that are trained, as a checkpoint tells of them."""
     tied: dict[str, str]
     attention: Attention
+    loss: LossKernel
 
     def describe(self, identity: Mapping[str, Any], made_by: Mapping[str, Any]) -> Callable[..., Manifest]:
         """What a checkpoint says of itself, as a function of state and metrics."""
@@ -94,6 +95,7 @@ class Built:
             f"{self.config.train.precision}",
             batch.describe(),
             self.attention.line,
+            self.loss.line,
         ]
 
     def export(self, to: Path, digest: str | None = None, mark: Callable[[], None] = lambda: None) -> None:
@@ -157,7 +159,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     torch.manual_seed(config.run.seed)
     bundle = config.model.build(assets, seed=config.run.seed)
     setting = Setting(comm.device, DTYPES[config.train.precision], config.dataset.packing)
-    attention = bundle.choose_attention(setting, comm)
+    attention, loss = bundle.choose_attention(setting, comm), bundle.choose_loss(setting, comm)
     bundle = config.tuning.apply(bundle, seed=config.run.seed)
     if config.train.activation_checkpointing:
         for block in bundle.blocks:
@@ -208,7 +210,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof,
                     alongside=bundle.alongside, sampler=sampler)  # fmt: skip
     tied = _tied(bundle.module, list(parameters))
-    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention)
+    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention, loss)
 
 
 def _check_fits(reader: Reader, parameters: dict[str, Parameter]) -> None:

@@ -102,7 +102,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         reader.close()
     trackers.start(steps=config.train.steps or 0, first_step=first, lines=[*built.lines, *passed_over])
     if comm.rank == 0:
-        run.update_manifest(attention=dataclasses.asdict(built.attention))
+        run.update_manifest(attention=dataclasses.asdict(built.attention), loss=dataclasses.asdict(built.loss))
         for line in passed_over:
             run.event("passed over", attempt=attempt, line=line)
         run.event("training", attempt=attempt, step=first)

@@ -13,12 +13,14 @@ from torch import nn
 
 from dtrain.errors import ModelError
 from dtrain.models._head import Head, Logits
+from dtrain.models._loss import choose as choose_loss
 from dtrain.models._meta import params_on_meta
 from dtrain.models._weights import FreshWeights, Names, SafetensorsWeights
 from dtrain.models.attention.choose import choose
 from dtrain.models.attention.dense import SDPA
 from dtrain.models.attention.names import MASKED, Attention
 from dtrain.models.base import AbstractWeights, ModelBundle
+from dtrain.models.loss import Loss
 from dtrain.models.outputs import has_outputs
 from dtrain.models.virtual import AbstractVirtual, Attended, Wide, hand_over, widen
 
@@ -103,6 +105,7 @@ def build_causal(
     *,
     seed: int,
     attention: Attention = "auto",
+    loss: Loss = "auto",
     trust_remote_code: bool = False,
     from_scratch: bool = False,
 ) -> ModelBundle:
@@ -129,7 +132,8 @@ def build_causal(
         ignored = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
         names = Names(prefix=model.base_model_prefix, tied=tied, ignored=ignored)
         weights = SafetensorsWeights.open(assets, shapes, names)
-    module = CausalLM(model, Head(linear, logits), head_name)
+    head = Head(linear, logits)
+    module = CausalLM(model, head, head_name)
     assert {key for key, _ in module.named_parameters()} == set(shapes), "the wrapper must keep the names"
     module.train()
     embedding = model.get_input_embeddings().weight
@@ -144,6 +148,7 @@ def build_causal(
         embedding=embedding,
         head=linear.weight,
         choose_attention=functools.partial(choose, module, type(model), attention),
+        choose_loss=functools.partial(choose_loss, head, loss),
     )
 
 

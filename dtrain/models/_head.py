@@ -10,7 +10,7 @@ backward, which computes the logits of each chunk once more.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -41,6 +41,21 @@ class Logits:
         return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
 
 
+class Fused(Protocol):
+    def __call__(
+        self,
+        hidden_NH: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target_ids: torch.Tensor,
+        dtype: torch.dtype,
+        logits: Logits,
+    ) -> torch.Tensor:
+        """The sum of the cross-entropy of one target or more, in fp32, with products in `dtype`; attached to the
+        hidden states, which ask for a gradient, and to the parameters that do.
+        """
+
+
 class Head(nn.Module):
     """The output projection of `linear`, under the same parameter names; gives a loss in place of logits.
 
@@ -55,6 +70,8 @@ class Head(nn.Module):
         self.bias: torch.Tensor | None = linear.bias
         self.logits = logits
         self.rows = rows
+        self.fused: Fused | None = None
+        """Takes the place of the chunks in training."""
 
     def forward(
         self, hidden_NH: torch.Tensor, target_ids: torch.Tensor | None = None, *, each: bool = False
@@ -68,6 +85,10 @@ class Head(nn.Module):
         how = _How(logits=self.logits, dtype=dtype, rows=rows, train=torch.is_grad_enabled())
         if target_ids is None:
             return _likeliest(hidden_NH, self.weight, self.bias, how)
+        # A kernel may leave out the gradients of the parameters where the hidden states need none, and an idle rank
+        # has no target to give it.
+        if self.fused is not None and not each and how.train and hidden_NH.requires_grad and len(target_ids):
+            return self.fused(hidden_NH, self.weight, self.bias, target_ids, dtype, self.logits)
         function = _ChunkedLogProbs if each else _ChunkedCrossEntropy
         return function.apply(hidden_NH, self.weight, self.bias, target_ids, how)
 

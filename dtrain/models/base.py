@@ -127,8 +127,24 @@ class Attention:
         return "; ".join([f"attention by {self.name}, {self.why}", *over])
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LossKernel:
+    """What computes the loss of a training, and why it does."""
+
+    name: str
+    why: str
+
+    @property
+    def line(self) -> str:
+        return f"loss by {self.name}, {self.why}"
+
+
 def _its_own(setting: Setting, comm: AbstractComm) -> Attention:
     return Attention("the model", "which has nothing to choose")
+
+
+def _its_own_loss(setting: Setting, comm: AbstractComm) -> LossKernel:
+    return LossKernel("the model", "which has nothing to choose")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,3 +173,5 @@ class ModelBundle:
     """Settle what computes attention in the module, the same on all ranks, before anything else is done to it. Raises
     ModelError. Collective.
     """
+    choose_loss: Callable[[Setting, AbstractComm], LossKernel] = _its_own_loss
+    """The same of what computes the loss."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from dtrain.config.spec import ModelSpec, spec
 from dtrain.errors import ModelError
 from dtrain.models.attention.names import MASKED, Attention, misfits
+from dtrain.models.loss import Loss
+from dtrain.models.loss import misfits as loss_misfits
 from dtrain.plan.figures import Figures
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ class HF(ModelSpec):
     """For a tokenizer that has none: a token of its vocabulary that no text contains."""
     attention: Attention = "auto"
     """What computes attention; `auto` takes the first that keeps documents apart here."""
+    loss: Loss = "auto"
+    """What computes the loss of a language model in training: liger, a kernel for CUDA, or dtrain's chunks; `auto` is
+    liger where it is installed and gives here what chunks give."""
     architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of the model's config.json that its size depends on, so that a plan needs no download."""
 
@@ -45,7 +50,7 @@ class HF(ModelSpec):
         return not self.from_scratch
 
     def misfits(self, device: Device) -> list[str]:
-        return misfits(self.attention, device)
+        return [*misfits(self.attention, device), *loss_misfits(self.loss, device)]
 
     def masks(self) -> bool:
         return self.attention in MASKED
@@ -79,6 +84,7 @@ class HF(ModelSpec):
             assets,
             seed=seed,
             attention=self.attention,
+            loss=self.loss,
             trust_remote_code=self.trust_remote_code,
             from_scratch=self.from_scratch,
         )

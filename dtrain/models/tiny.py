@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dtrain.config.spec import ModelSpec, spec
 from dtrain.folders import whole_folder
 from dtrain.models.attention.names import MASKED, Attention, misfits
+from dtrain.models.loss import Loss
+from dtrain.models.loss import misfits as loss_misfits
 from dtrain.plan.figures import Figures
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ class Tiny(ModelSpec):
     max_positions: int = 4096
     attention: Attention = "auto"
     """What computes attention; `auto` takes the first that keeps documents apart here."""
+    loss: Loss = "auto"
+    """What computes the loss of a language model in training: liger, a kernel for CUDA, or dtrain's chunks; `auto` is
+    liger where it is installed and gives here what chunks give."""
 
     def problems(self) -> list[str]:
         found = []
@@ -59,7 +64,7 @@ class Tiny(ModelSpec):
         return False
 
     def misfits(self, device: Device) -> list[str]:
-        return misfits(self.attention, device)
+        return [*misfits(self.attention, device), *loss_misfits(self.loss, device)]
 
     def masks(self) -> bool:
         return self.attention in MASKED
@@ -83,7 +88,7 @@ class Tiny(ModelSpec):
     def build(self, assets: Path, *, seed: int) -> ModelBundle:
         from dtrain.models._causal import build_causal
 
-        return build_causal(assets, seed=seed, attention=self.attention, from_scratch=True)
+        return build_causal(assets, seed=seed, attention=self.attention, loss=self.loss, from_scratch=True)
 
     def _config(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from typing import Any
 from dtrain.runs.secrets import redact
 
 _PACKAGES = ("dtrain", "torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets", "safetensors", "numpy",
-             "hydra-core", "wandb", "flash-attn")  # fmt: skip
+             "hydra-core", "wandb", "flash-attn", "liger-kernel")  # fmt: skip
 
 
 def versions(cwd: Path | None = None) -> dict[str, Any]:

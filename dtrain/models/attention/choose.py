@@ -43,7 +43,7 @@ def choose(
             why = probe.fault(backend)
         if why is None and unproved and backend not in (SDPA, EAGER):
             why = "cannot be tried out" if name == "auto" else f"cannot be tried out: {unproved}"
-        if (why := _any(why, comm)) is None:
+        if (why := first_reason(why, comm)) is None:
             module.attend_by(backend)
             proof = f"not tried out: {unproved}" if unproved else "which keeps documents apart here"
             return Attention(backend.name, proof, over)
@@ -60,11 +60,11 @@ def _probe(
         probe = Probe(kind, config, setting)  # type: ignore[arg-type]
     except ModelError as e:
         why = str(e)
-    why = _any(why, comm)
+    why = first_reason(why, comm)
     return (probe, None) if why is None else (None, why)
 
 
-def _any(why: str | None, comm: AbstractComm) -> str | None:
+def first_reason(why: str | None, comm: AbstractComm) -> str | None:
     """The reason of the first rank that has one. Collective."""
     said = enumerate(comm.gather(why or ""))
     rank, first = next(((rank, one) for rank, one in said if one), (0, ""))
