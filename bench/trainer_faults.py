@@ -315,6 +315,18 @@ def pid_of(rank: int, below: int) -> int:
     )
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """torchrun and its ranks, which have sessions of their own and are no longer found below it once it is gone."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.kill()
+    process.wait()
+
+
 def of_ranks(rows: Rows, patience_s: float) -> None:
     for number, signum in (("19", signal.SIGKILL), ("20", signal.SIGSTOP)):
         out = rows.folder / f"rank-{number}"
@@ -331,12 +343,7 @@ def of_ranks(rows: Rows, patience_s: float) -> None:
             rows.add(number, f"nothing within {patience_s:.0f} s" if process.returncode is None
                      else f"exit {process.returncode} after {took_s:.1f} s; not started again")  # fmt: skip
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            for rank in range(2):
-                with contextlib.suppress(Exception):
-                    os.kill(pid_of(rank, process.pid), signal.SIGKILL)
-            process.wait()
+            end(process)
     out = rows.folder / "ranks"
     process = torchrun(out, steps=4)
     assert process.wait(120) == 0
