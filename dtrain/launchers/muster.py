@@ -12,7 +12,6 @@ import dataclasses
 import secrets
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,23 +121,6 @@ class Leader:
         """May have been left by a machine that was killed, until they are touched."""
         self._beat_at = 0.0
         self.token = secrets.token_hex(8)
-
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """While the caller is busy, show the others that this one lives."""
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(BEAT_S):
-                self._run.beat()
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
     def meet(self, attempt: int, deadline: float | None) -> Meeting:
         """Tell the others, who have come, where to meet; `deadline`: by this machine's clock, when the time is over."""

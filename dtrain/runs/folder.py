@@ -79,6 +79,10 @@ class RunDir:
     def beat(self) -> None:
         _lock.beat(self.path)
 
+    def beating(self) -> AbstractContextManager[None]:
+        """Beat while the block is busy. To be called by the holder."""
+        return _lock.beating(self.path)
+
     def holder(self) -> _lock.Holder | None:
         """Who is running it now."""
         return _lock.live_holder(self.path / _lock.NAME)

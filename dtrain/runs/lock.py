@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -135,6 +136,24 @@ def beat(run_dir: Path) -> None:
     """Show other hosts that the holder lives; to be called every BEAT_S seconds."""
     with suppress(OSError):
         os.utime(run_dir / NAME)
+
+
+@contextmanager
+def beating(run_dir: Path) -> Iterator[None]:
+    """Beat while the block is busy with what may take longer than SILENT_S."""
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.wait(BEAT_S):
+            beat(run_dir)
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def check(run_dir: Path) -> None:

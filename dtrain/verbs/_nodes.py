@@ -48,7 +48,7 @@ def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int | None:
 
     print(describe(proposal.config, proposal.plan), flush=True)
     _say(f"{socket.gethostname()} leads")
-    with leader.beating():
+    with run.beating():
         prepared, settled = launch.prepare_all(proposal)
     outcome = launch.train(run, proposal, prepared, settled, leader)
     code = launch.tell(outcome, run, settled)

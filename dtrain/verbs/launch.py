@@ -155,13 +155,14 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
     from dtrain.launchers.supervise import deadline_of, supervise
     from dtrain.verbs import _oom, _requeue
 
-    settled = _oom.fitting(run, settled, say)
-    _warn_of_room(run, settled, proposal.plan.checkpoint_bytes)
-    said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets), assets=prepared.assets,
-                    base=_base(settled, prepared))  # fmt: skip
-    clean(run)
-    start = choose(run, settled, said, say)
-    _refuse_done(run, settled, start)
+    with run.beating():  # the weights that stay as they are may have to be read
+        settled = _oom.fitting(run, settled, say)
+        _warn_of_room(run, settled, proposal.plan.checkpoint_bytes)
+        said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets),
+                        assets=prepared.assets, base=_base(settled, prepared))  # fmt: skip
+        clean(run)
+        start = choose(run, settled, said, say)
+        _refuse_done(run, settled, start)
     if leader is not None and (nodes := leader.wait()) != proposal.plan.topology.nodes:
         proposal, settled = _on(nodes, run, proposal, prepared, settled)
     attempt = run.new_attempt()
