@@ -32,7 +32,7 @@ def read(path: Path, *, chat: bool, option: str) -> list[Asked]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{option}{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     found, problems = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a text may have what else Python ends lines at
         if not line.strip():
             continue
         place = f"{path}:{number}"

@@ -23,6 +23,11 @@ def test_a_file_is_read_in(tmp_path: Path) -> None:
     assert settled.problems() == []
 
 
+def test_a_line_ends_at_a_new_line_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}', encoding="utf-8", newline="")
+    assert [one.prompt for one in Eval(prompts_file=str(tmp_path / "a.jsonl")).settled().asked()] == ["a\u2028b", "c"]
+
+
 def test_what_a_user_says() -> None:
     asked = Eval(prompts=("a", {"messages": CHAT}), chat=True).asked()
     assert [one.prompt for one in asked] == [[{"role": "user", "content": "a"}], CHAT]
