@@ -109,19 +109,21 @@ def useless(root: Path, steps: Mapping[int, Mapping[str, float | None]], policy:
 
 def prune(root: Path, policy: Checkpoint, *, newest: int | None = None) -> list[Path]:
     """Set the pointers, and remove what need not stay; returns what was removed. What is damaged does not count, so
-    that as many as the policy says are whole by their sizes; it goes once it is useless.
+    that as many as the policy says are whole by their sizes; it goes once it is useless, and no sooner than after the
+    next save where a pointer named it until now: the disk may have failed to show it for a moment.
 
     `newest`: the step just saved. Those of later steps, which a resumed run passed over, do not count.
     """
     measured = {step: metrics for step, metrics in whole(root).items() if newest is None or step <= newest}
     if not measured:
         return []
+    damaged = useless(root, measured, policy)
     point(root, LATEST, max(measured))
     found = best(measured, policy)
     if found is not None:
         point(root, BEST, found)
     reach("ckpt.pointed")
-    removed = [*due(root, measured, policy), *useless(root, measured, policy)]
+    removed = [*due(root, measured, policy), *damaged]
     for folder in removed:
         discard(folder)
     return removed

@@ -92,6 +92,18 @@ def test_what_is_damaged_stays_where_it_is_asked_for(root: Path) -> None:
     assert _left(root) == [10, 20, 40, 50]
 
 
+def test_the_best_outlives_a_moment_in_which_it_cannot_be_seen(root: Path) -> None:
+    policy = Checkpoint(keep_last=1, best_by="loss")
+    prune(root, policy)
+    assert pointers(root)["best"] == folder_name(20)
+    hidden = (root / folder_name(20) / "rank-00000.safetensors").rename(root.parent / "hidden")
+    write(root, 60, tensors({"w": (3,)}), metrics={"loss": 9.0})
+    prune(root, policy)
+    hidden.rename(root / folder_name(20) / "rank-00000.safetensors")
+    prune(root, policy)
+    assert pointers(root)["best"] == folder_name(20)
+
+
 def test_due_removes_nothing(root: Path) -> None:
     point(root, "latest", 30)
     assert due(root, whole(root), Checkpoint(keep_last=1)) == [root / folder_name(n) for n in (10, 20, 40)]
