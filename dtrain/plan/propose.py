@@ -70,6 +70,9 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     least = config.launcher.gathering().least
     if least is None:
         return proposal
+    for nodes in range(least, topology.nodes):  # rather now than when a machine leaves
+        if misfits := config.strategy.misfits(dataclasses.replace(topology, nodes=nodes), plan.device):
+            raise PlanError(f"with {_count(nodes)} of launcher.nodes: {'; '.join(misfits)}")
     few = proposal.on(least).plan
     note = (f"launcher.nodes: {least} to {topology.nodes} machines; with {_count(least)}: {few.batch.describe()}, "
             f"strategy {few.strategy}")  # fmt: skip

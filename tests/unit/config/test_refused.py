@@ -184,6 +184,8 @@ def test_accepted(typed: str, holds) -> None:
     ("train.precision=fp16", "loss scaling needs CUDA"),
     ("dataset.max_length=5000", "the model was made for 4096 positions"),
     ("strategy=fsdp2 launcher.procs=8 strategy.replicas=3", "does not divide the 8 ranks; these do: 1, 2, 4, 8"),
+    ("strategy=fsdp2 strategy.replicas=2 launcher=torchrun launcher.procs=1 launcher.nodes=2:4",
+     "with 3 machines of launcher.nodes: strategy.replicas=2: does not divide the 3 ranks"),
     ("strategy=zero3 strategy.zero_hpz_partition_size=3", "does not divide the 2 ranks"),
     ("strategy=zero3 strategy.zero_quantized_weights=true", "needs CUDA"),
     ("device_memory_gb=0.001", "strategy=auto: none fits 0.0 GiB a rank with a micro-batch of 1: ddp needs"),
