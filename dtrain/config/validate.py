@@ -47,12 +47,16 @@ def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = (), found: Seq
         if part is not None and hasattr(part, "problems"):
             problems += part.problems()
         if isinstance(part, AbstractSpec):
-            problems += [f"{key}: {package} is imported only where it is allowed; if it is a package of your own, type "
-                         f"plugins=[{package}] on the command line" for key, package in part.packages().items()
-                         if package not in plugins]  # fmt: skip
+            problems += not_allowed(part, plugins, "plugins=[{}] on the command line")
     if problems:
         raise ConfigError.of(problems)
     return Config(**values)
+
+
+def not_allowed(part: AbstractSpec, plugins: Sequence[str], way: str) -> list[str]:
+    """Packages that it would import and that nobody has allowed; `way`: what is to be typed, with {} for one."""
+    return [f"{key}: {package} is imported only where it is allowed; if it is a package of your own, type "
+            f"{way.format(package)}" for key, package in part.packages().items() if package not in plugins]  # fmt: skip
 
 
 def validate_spec(group: str, entry: Mapping[str, Any], *, plugins: Sequence[str] = ()) -> AbstractSpec:

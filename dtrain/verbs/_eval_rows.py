@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 from dtrain.config.compose import compose, load_yaml
 from dtrain.config.spec import AbstractSpec, DatasetSpec, ModelSpec, ObjectiveSpec, TemplateSpec
-from dtrain.config.validate import validate_spec
+from dtrain.config.validate import not_allowed, validate_spec
 from dtrain.data.tokenizer import FILES as TOKENIZER_FILES
 from dtrain.datasets.base import Labelled, Skipped
 from dtrain.errors import ConfigError, RunError
@@ -134,6 +134,7 @@ def _specs(overrides: Sequence[str], config: Mapping[str, Any] | None, plugins: 
             entry = {**entry, "streaming": False}
         try:
             found[group] = validate_spec(group, entry, plugins=plugins)
+            problems += not_allowed(found[group], plugins, "--plugin {}")
         except ConfigError as error:
             problems.append(str(error))
     if problems:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dtrain.config.spec import ModelSpec
-from dtrain.config.validate import validate_spec
+from dtrain.config.validate import not_allowed, validate_spec
 from dtrain.errors import ModelError
 from dtrain.verbs._eval_rows import settled
 from dtrain.verbs._model import ADAPTER, Named, folder_of, say
@@ -69,6 +69,8 @@ def _of_run(run: RunDir, loaded: Loaded, plugins: Sequence[str]) -> nn.Module:
     if entry.get("trust_remote_code"):  # nothing that is measured runs code of its own
         entry["trust_remote_code"] = False
     model = cast(ModelSpec, validate_spec("model", entry, plugins=plugins))
+    if problems := not_allowed(model, plugins, "--plugin {}"):
+        raise ModelError.of(problems)
     made = f"from run.seed={config['run']['seed']}, " if not model.trained() else ""
     say(f"reference: the weights that the run started from, {made}{assets}")
     return whole(model.build(assets, seed=config["run"]["seed"]), loaded)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dtrain.config.spec import ModelSpec, TuningSpec
+from dtrain.config.validate import validate_spec
 from dtrain.errors import ExportError
 from dtrain.folders import remove_leftovers
 from dtrain.verbs._checkpoints import STEP_HELP, chosen, named
@@ -95,6 +98,8 @@ def _of_run(args: argparse.Namespace) -> _Source:
     """Of a checkpoint whose every byte is what was written. Raises CheckpointError, ExportError, RunError."""
     from dtrain.checkpoint import manifest, verify
 
+    # Of kernels that nothing here asks for; peft imports it for every adapter.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     found = named(args.run)
     if not found.folders and args.step is None:
         if not _is_export(found.run.export):
@@ -137,10 +142,14 @@ def _tuned(run: RunDir, read: Manifest, args: argparse.Namespace) -> ModelBundle
     they are others.
     """
     from dtrain.checkpoint.tuned import check_base
-    from dtrain.config import frozen
     from dtrain.models.assets import weights_digest
+    from dtrain.verbs._eval_rows import settled
 
-    config = frozen.read(run.config, plugins=args.plugin)
+    # Not all of it: the files of the data may be gone, or named from another folder.
+    config = settled(run)
+    model, tuning = (validate_spec(group, config[group], plugins=args.plugin) for group in ("model", "tuning"))
+    assert isinstance(model, ModelSpec)
+    assert isinstance(tuning, TuningSpec)
     data = run.read_manifest().get("data")
     assets = args.base or (Path(data["assets"]) if isinstance(data, dict) else None)
     assert read.base is not None
@@ -150,8 +159,8 @@ def _tuned(run: RunDir, read: Manifest, args: argparse.Namespace) -> ModelBundle
     cache = Path(data["dir"]).parent if isinstance(data, dict) else run.path
     digest = weights_digest(assets, cache, print) if read.base.get("xxh3") else None
     check_base(read.base, digest, assets)
-    seed = config.run.seed
-    return config.tuning.apply(config.model.build(assets, seed=seed), seed=seed)
+    seed = config["run"]["seed"]
+    return tuning.apply(model.build(assets, seed=seed), seed=seed)
 
 
 def _bytes(text: str) -> float:

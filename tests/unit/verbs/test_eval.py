@@ -233,6 +233,10 @@ def test_what_is_refused(model: Path, here: Path, capsys) -> None:
     _write(here / "a.jsonl", [{"text": "the cat"}])
     text = _refused(capsys, model, "--data", "a.jsonl", "optim.lr=1", "nope")
     assert "optim.lr=1: not for `dtrain eval`, which takes keys of dataset, objective, template" in text
+    text = _refused(capsys, model, "dataset=python", "dataset.function=not_allowed.rows:all")
+    assert (
+        "not_allowed is imported only where it is allowed; if it is a package of your own, type --plugin not_" in text
+    )
     assert "dataset.max_lenth" in _refused(capsys, model, "--data", "a.jsonl", "dataset.max_lenth=32")
     assert "in which no reply is expected" in _refused(
         capsys, model, "--data", "a.jsonl", "--generate", "dataset.max_length=32"
