@@ -43,12 +43,12 @@ class _Attempt:
 
 def account(run: RunDir, *, running: bool, now: float | None = None) -> Account | None:
     """From events.jsonl and metrics.jsonl; None where the run never began, or keeps no metrics."""
-    events, rows = list(read_lines(run.events)), list(read_lines(run.metrics))
+    events, rows = list(read_lines(run.events)), list(_of_steps(run.metrics))
     attempts = _attempts(events, time.time() if now is None else now, running=running)
     if not attempts or not run.metrics.exists():
         return None
     spent = dict.fromkeys(("steps", "data", "eval", "save", "start-up", "lost", "other"), 0.0)
-    evals = list(read_lines(run.path / "eval.jsonl"))
+    evals = list(_of_steps(run.path / "eval.jsonl"))
     saves = [event for event in events if event.get("kind") == "saved"]
     for place, one in enumerate(attempts):
         last = place + 1 == len(attempts)
@@ -74,7 +74,7 @@ def lost_after(run: RunDir, step: int) -> tuple[int, float]:
     """Steps beyond `step` that the run has done so far, and the seconds they took: what an attempt that begins there
     does again. To be asked before its ranks start, which take those lines away; nothing where no metrics are kept.
     """
-    rows = [row for row in read_lines(run.metrics) if row["step"] > step]
+    rows = [row for row in _of_steps(run.metrics) if row["step"] > step]
     return len(rows), sum(row.get("step_s") or 0.0 for row in rows)
 
 
@@ -111,6 +111,11 @@ def seconds_of(text: str) -> float:
     """Of a time as `utc` writes it."""
     whole, _, fraction = text.rstrip("Z").partition(".")
     return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{fraction or 0}")
+
+
+def _of_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Those that say of which step they are: a file that somebody has edited is no reason not to start."""
+    return (row for row in read_lines(path) if isinstance(row.get("step"), int))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

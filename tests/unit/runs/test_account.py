@@ -80,3 +80,12 @@ def test_what_was_lost_with_all_processes_is_counted(run: RunDir) -> None:
 def test_what_is_done_again(run: RunDir) -> None:
     assert lost_after(run, 5) == (3, 6.0)
     assert lost_after(run, 8) == (0, 0.0)
+
+
+def test_lines_that_say_no_step_are_passed_over(run: RunDir) -> None:
+    before = account(run, running=False)
+    for path in (run.metrics, run.path / "eval.jsonl"):
+        whole = path.read_text().removesuffix('{"torn')
+        path.write_text('{}\n{"step": null}\n{"step": "6"}\n' + whole)
+    assert lost_after(run, 5) == (3, 6.0)
+    assert account(run, running=False) == before
