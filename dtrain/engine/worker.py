@@ -52,6 +52,7 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     told: list[int] = []
     for signum in SIGNALS:
         signal.signal(signum, lambda number, frame: told.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which the launcher holds back for torchrun's sake
     progress, code = Progress(), 1
     watched = Watched(rank, progress)
     progress.at("init")

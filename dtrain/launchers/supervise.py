@@ -315,4 +315,8 @@ class _Job:
 
 
 def _end_with_us() -> None:
+    """Called in the new process. Slurm sends SIGUSR1 to every process of a step, and torchrun would end of it: it is
+    held back until a rank takes it.
+    """
     die_with_parent(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])

@@ -45,6 +45,7 @@ if __name__ == "__main__":
     console = redirect(run, attempt, rank)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, lambda number, frame: stop.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
     print(f"rank {rank} is in its log")
     if rank == 0:
         console.write("the user sees this\n")

@@ -71,6 +71,11 @@ def me(*signals: int) -> Callable[[list[int]], None]:
     return send
 
 
+def _agent(pids: list[int]) -> int:
+    """torchrun's process."""
+    return int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_done(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     outcome = supervised(run, "done")
     assert (outcome.kind, outcome.exit_code, outcome.step) == ("done", 0, 4)
@@ -116,11 +121,7 @@ def test_the_only_process_killed(run: RunDir) -> None:
 
 
 def test_a_killed_torchrun_takes_its_ranks_with_it(run: RunDir) -> None:
-    def kill_agent(pids: list[int]) -> None:
-        agent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(agent, signal.SIGKILL)
-
-    outcome = supervised(run, "deaf", then=kill_agent)
+    outcome = supervised(run, "deaf", then=lambda pids: os.kill(_agent(pids), signal.SIGKILL))
     assert (outcome.kind, outcome.exit_code) == ("launcher", 3)
     assert "SIGKILL" in outcome.message
 
@@ -128,6 +129,17 @@ def test_a_killed_torchrun_takes_its_ranks_with_it(run: RunDir) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_one_signal_stops_with_a_save(run: RunDir, signum: int) -> None:
     outcome = supervised(run, "wait", then=me(signum))
+    assert (outcome.kind, outcome.exit_code, outcome.step) == ("stopped", 75, 4)
+
+
+def test_a_signal_to_every_process_saves_too(run: RunDir) -> None:
+    """As Slurm sends it to a step."""
+
+    def tell_all(pids: list[int]) -> None:
+        for pid in (_agent(pids), *pids, os.getpid()):
+            os.kill(pid, signal.SIGUSR1)
+
+    outcome = supervised(run, "wait", then=tell_all)
     assert (outcome.kind, outcome.exit_code, outcome.step) == ("stopped", 75, 4)
 
 
