@@ -22,7 +22,7 @@ import dtrain.verbs
 from dtrain.errors import DtrainError, UserError
 from dtrain.verbs._report import report
 
-INTERNAL = ("worker",)
+INTERNAL = ("node", "worker")
 """Started by launchers, never typed."""
 
 OWN_HELP = ("launch", "plan", "rehearse")

@@ -124,6 +124,21 @@ class Job:
     """It may be handed over from another machine, where the command for that is not found on this one."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A process to start here which has other machines start theirs, and lives as long as they do."""
+
+    hosts: Sequence[str]
+    command: Command
+    told: bytes
+    """What the machines are to do, in JSON, which it is given to read. What it reads from is left open, and its end
+    tells the other machines that this one is gone."""
+    unread: bool = False
+    """Its argv says that already, and it is given nothing to read."""
+    left_out: Sequence[str] = ()
+    """Variables with secrets, which are not passed on where argv would show them."""
+
+
 class AbstractSpec(ABC):  # noqa: B024 - what is abstract differs by group
     group: ClassVar[str] = ""
     elsewhere: ClassVar[Mapping[str, str]] = {}
@@ -479,6 +494,12 @@ class LauncherSpec(AbstractSpec):
         processes are started here and now. Raises ConfigError.
         """
         return None
+
+    def calls(self, launch: Sequence[str], control: Path) -> Sequence[Call]:
+        """What has other machines type `python -m dtrain <launch>`; none where it is typed there already. The machines
+        look into the folder `control` for what they are to do. The first machine leads. Raises ConfigError.
+        """
+        return ()
 
     def array(self, runs: Sequence[tuple[Path, Sequence[str]]]) -> Job | None:
         """The same for several runs, folder and `launch` of each, as tasks of one job; None where a job is for one run.

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from dtrain.runs import RunDir
 from dtrain.runs.files import write_json
 from dtrain.runs.hang import FLIGHT, FLIGHT_PIPE, SHOW_STACKS, Stuck, main_thread, stacks_path
+from dtrain.runs.host import host_name
 from dtrain.runs.process import MARK
 from dtrain.runs.pulse import Place
 
@@ -42,7 +42,7 @@ def record(run: RunDir, attempt: int, node: int, folder: Path, places: Iterable[
         path = to / f"rank-{place.rank}.txt"
         text = _read(stacks_path(folder, place.rank))
         path.write_text(text + native.get(place.rank, ""), encoding="utf-8")
-        ranks.append(Stuck(place, socket.gethostname(), round(stale.get(place.rank, 0.0), 1), place.rank in halted,
+        ranks.append(Stuck(place, host_name(), round(stale.get(place.rank, 0.0), 1), place.rank in halted,
                            main_thread(text), path.relative_to(run.path).as_posix()))  # fmt: skip
     _take_flights(folder, running, to)
     write_json(to / f"node-{node}.json", {"ranks": [dataclasses.asdict(one) for one in ranks]})

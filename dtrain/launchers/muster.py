@@ -25,6 +25,7 @@ from dtrain.launchers._network import interface_of, towards
 from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
 from dtrain.runs.files import read_json, write_json
+from dtrain.runs.host import host_name
 from dtrain.runs.lock import BEAT_S, Holder
 
 LOOK_S = 0.2
@@ -238,7 +239,7 @@ class Leader:
             if told + 1 < least and time.monotonic() > deadline:
                 few = "" if least == most else "at least "
                 raise RunError(f"launcher.nodes={few}{least}: only {len(here) + 1} came within "
-                               f"{self._gathering.timeout_s:.0f} s: {socket.gethostname()}"
+                               f"{self._gathering.timeout_s:.0f} s: {host_name()}"
                                + "".join(f", {one.host}" for one in here)
                                + "; the same command is to be started on each, and run.dir to be seen by all"
                                )  # fmt: skip
@@ -307,7 +308,7 @@ class Follower:
         self.node = -1
         """Known once the leader has said it."""
         self._folder.mkdir(parents=True)
-        write_json(self._folder / "here.json", {"host": socket.gethostname(), "digest": digest})
+        write_json(self._folder / "here.json", {"host": host_name(), "digest": digest})
 
     def wait(self) -> Go | Over | None:
         """The leader's word; None where there is no leader any more, and any may lead.

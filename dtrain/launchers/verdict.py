@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import signal
-import socket
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from dtrain.launchers._torchrun import Exit, first_exits
 from dtrain.runs import Failure, Outcome, RunDir, first_failure
 from dtrain.runs.hang import Stuck, differing, read_hang
 from dtrain.runs.hints import hint, hint_of
+from dtrain.runs.host import host_name
 from dtrain.runs.outcomes import JOINED, LEFT
 from dtrain.runs.pulse import Place
 
@@ -58,7 +58,7 @@ class NodeEnd:
            ended: Collection[int] = (), first_rank: int = 0, places: Iterable[Place] = ()) -> NodeEnd:  # fmt: skip
         """From torchrun's log; `ended`: pids of ranks that this launcher killed for another's failure."""
         exits = [exit_ for exit_ in first_exits(log, first_rank) if exit_.code < 0 and exit_.pid not in ended]
-        return cls(socket.gethostname(), returncode, told, forced, tuple(exits), tuple(places))
+        return cls(host_name(), returncode, told, forced, tuple(exits), tuple(places))
 
 
 def judge(run: RunDir, attempt: int, *, returncode: int | None, told: int | None = None, forced: bool = False,

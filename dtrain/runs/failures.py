@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import os
 import re
-import socket
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.runs.files import read_json, write_json
 from dtrain.runs.hints import OUT_OF_MEMORY
+from dtrain.runs.host import host_name
 from dtrain.runs.secrets import scrub
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def record_failure(run: RunDir, attempt: int, rank: int, exc: BaseException, *, 
     """Write what ended this rank where the launcher looks. The first one written stays."""
     failure = Failure(
         rank=rank,
-        host=socket.gethostname(),
+        host=host_name(),
         local_rank=int(os.environ.get("LOCAL_RANK", rank)),
         phase=phase,
         step=step,

@@ -45,6 +45,11 @@ def is_secret(key: str) -> bool:
     return (last == "token" and before not in _TEXT_TOKENS) or (last == "key" and before in _SECRET_KEYS)
 
 
+def is_secret_variable(name: str) -> bool:
+    """The same of a variable of the environment."""
+    return _ENV_NAME.search(name) is not None
+
+
 def scrub(value: Any, env: Mapping[str, str] = os.environ) -> Any:
     """`value` with every secret of the environment, and what looks like a token, replaced in its strings."""
     secrets = sorted({text for name, text in env.items() if _ENV_NAME.search(name) and len(text) >= _SHORTEST},

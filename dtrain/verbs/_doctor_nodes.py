@@ -31,7 +31,7 @@ def on_all(args: argparse.Namespace) -> int:
     here += [f"--{key}={value}" for key in ("procs", "only") if (value := getattr(args, key)) is not None]
     argv = launcher.everywhere(here)
     if argv is None:
-        raise ConfigError(f"--launcher {args.launcher}: it starts nothing on other machines by itself; type `dtrain "
+        raise ConfigError(f"--launcher {args.launcher}: it starts no doctor on other machines; type `dtrain "
                           f"doctor --nodes N` on each")  # fmt: skip
     try:
         # What a scheduler says meanwhile, such as that it waits for nodes, is for the user at once.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING
+
+from dtrain.runs.host import host_name
 
 if TYPE_CHECKING:
     from dtrain.launchers.muster import Follower, Leader
@@ -47,7 +48,7 @@ def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int | None:
     from dtrain.verbs import _restart, launch
 
     print(describe(proposal.config, proposal.plan), flush=True)
-    _say(f"{socket.gethostname()} leads")
+    _say(f"{host_name()} leads")
     with run.beating():
         prepared, settled = launch.prepare_all(proposal)
     outcome = launch.train(run, proposal, prepared, settled, leader)
@@ -61,7 +62,7 @@ def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
     from dtrain.launchers.supervise import serve
     from dtrain.verbs.launch import worker
 
-    host = socket.gethostname()
+    host = host_name()
     _say(f"{host}: waiting for the node that leads")
     word = follower.wait()
     if word is None:

@@ -53,11 +53,13 @@ def launch(overrides: list[str], args: argparse.Namespace) -> int:
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
     from dtrain.runs import RunDir
-    from dtrain.verbs import _nodes, _submit, _told
+    from dtrain.verbs import _afar, _nodes, _submit, _told
 
     proposal = propose(overrides, args.config_dir)
     config, plan = proposal.config, proposal.plan
     run = RunDir(Path(config.run.dir) / config.run.name)
+    if config.launcher.calls(words(overrides, args), run.nodes):
+        return (_afar.show if args.dry_run else _afar.launch)(run, proposal, words(overrides, args))
     job = config.launcher.job(run.path, words(overrides, args))
     if plan.topology.nodes > 1 and job is None and not args.dry_run:
         with _told.heeded(config.launcher.restarts().code or STOPPED):

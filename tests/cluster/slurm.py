@@ -60,10 +60,10 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     env = {"SLURM_CONF": str(conf), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     with ExitStack() as stack:
         _munge(stack)
-        stack.enter_context(_daemon(["slurmctld", "-D", "-f", str(conf)], folder / "slurmctld.out", env))
+        stack.enter_context(daemon(["slurmctld", "-D", "-f", str(conf)], folder / "slurmctld.out", env))
         for i in range(1, NODES + 1):
             (folder / f"spool-n{i}").mkdir()
-            stack.enter_context(_daemon(["slurmd", "-D", "-N", f"n{i}", "-f", str(conf)], folder / f"n{i}.out", env))
+            stack.enter_context(daemon(["slurmd", "-D", "-N", f"n{i}", "-f", str(conf)], folder / f"n{i}.out", env))
         idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
         until(lambda: output(idle, env) == str(NODES), 60, lambda: (folder / "slurmctld.log").read_text()[-3000:])
         try:
@@ -105,12 +105,12 @@ def _munge(stack: ExitStack) -> None:
     Path("/run/munge").mkdir(mode=0o755, exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     munged = ["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--force", "--foreground"]
-    stack.enter_context(_daemon(munged, Path(os.devnull), {}))
+    stack.enter_context(daemon(munged, Path(os.devnull), {}))
     until(lambda: subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0, 20)
 
 
 @contextmanager
-def _daemon(argv: list[str], out: Path, env: dict[str, str]) -> Iterator[None]:
+def daemon(argv: list[str], out: Path, env: dict[str, str]) -> Iterator[None]:
     with out.open("ab") as file:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
                                    env={**os.environ, **env})  # fmt: skip

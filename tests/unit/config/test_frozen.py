@@ -17,6 +17,7 @@ NEEDED = {
     "dataset=hub": ["dataset.name=somebody/something"],
     "dataset=mixture": ["dataset.sources={a:{dataset:stdlib}}"],
     "dataset=python": ["dataset.function=tests.rows:train", "plugins=[tests]"],
+    "launcher=deepspeed": ["launcher.hostfile=hosts"],
     "launcher=k8s": ["launcher.image=example.org/dtrain:1", "launcher.claim=runs"],
     "model=hf": ["model.path=someone/something"],
     "model=python": ["model.function=tests.net:make", "plugins=[tests]"],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,41 @@ def test_bash_reads_what_was_typed_for_each_task(
     got, run = read_by_bash(made.script, folder, SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID=str(place))
     assert got == [sys.executable, "-u", "-m", "dtrain", *runs[place][1]]
     assert run == str(runs[place][0])
+    assert [path.name for path in folder.iterdir()] == ["words"]
+
+
+WORD = st.from_regex(r"[A-Za-z0-9_.|&@:/-]{1,8}", fullmatch=True)
+HEADER = ("partition", "account", "qos", "constraint", "mem", "time")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    header=st.dictionaries(st.sampled_from(HEADER), NASTY | WORD, max_size=3),
+    options=st.lists(NASTY | WORD.map("--comment={}".format), max_size=2),
+    modules=st.lists(NASTY | WORD, max_size=2),
+    container=st.none() | NASTY,
+    mounts=st.lists(NASTY, max_size=2),
+    python=st.none() | NASTY,
+)
+def test_no_value_becomes_shell_or_a_line_of_the_header(
+    header: dict[str, str], options: list[str], modules: list[str], container: str | None, mounts: list[str],
+    python: str | None, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    values: dict[str, Any] = {**header, "options": tuple(options), "modules": tuple(modules), "container": container,
+                              "mounts": tuple(mounts), "python": python}  # fmt: skip
+    if problems := Slurm(**values).problems():
+        assert all(problem.startswith("launcher.") for problem in problems)
+        return
+    script = job(**values).script
+    asked = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    ours = [line.removeprefix("#SBATCH ") for line in job().script.splitlines() if line.startswith("#SBATCH")]
+    expected = [*(f"--{key}={value}" for key, value in header.items()), *options]
+    assert sorted(word for line in asked for word in shlex.split(line)) == sorted([*ours, *expected])
+    assert len(asked) == len(ours) + len(expected)
+    folder = tmp_path_factory.mktemp("run")
+    words, _ = read_by_bash(script, folder)
+    wanted = [one for one in (container, python) if one is not None] + (mounts if container is not None else [])
+    assert all(one in words for one in wanted)
     assert [path.name for path in folder.iterdir()] == ["words"]
 
 

@@ -70,7 +70,7 @@ def test_how_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("typed", "says"), [
-    (["--launcher", "local"], "starts nothing on other machines"), (["launcher.nodes=2"], "name it too"),
+    (["--launcher", "local"], "starts no doctor on other machines"), (["launcher.nodes=2"], "name it too"),
     (["--launcher", "slurm", "train.steps=3"], "not a key of the launcher"), (["--launcher", "slrm"], "slurm"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(typed: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,134 @@
+"""The machine that calls others, with a shell of this one in the place of ssh or pdsh."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dtrain.config.spec import Call, Command
+from dtrain.errors import RunError
+from dtrain.launchers import afar
+from dtrain.launchers.afar import BEGUN, control_folder, see_through
+from dtrain.runs import RunDir
+
+GOES_ON = f"echo '{BEGUN}' >&2; until [ -s stops.json ]; do sleep 0.05; done;"
+
+
+@pytest.fixture
+def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(shell: str, *hosts: str) -> Call:
+    return Call(hosts, Command(["sh", "-c", shell], {}), b"", unread=True)
+
+
+def run(control: Path, calls: Sequence[Call], said: list[str] | None = None) -> int:
+    return see_through(control, calls, (said if said is not None else []).append)
+
+
+def test_each_line_is_shown_with_its_machine(control: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    calls = [call(f"echo '{BEGUN}' >&2; echo one; printf 'two'", "a"),
+             call(f"echo '{BEGUN}' >&2; echo 'three: x' >&2", "b")]  # fmt: skip
+    assert run(control, calls) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["a: one", "a: two"]
+    assert err.splitlines() == ["b: three: x"]
+
+
+def test_the_exit_code_is_the_leaders(control: Path) -> None:
+    for code in (0, 75, 3):
+        (control / "stops.json").unlink(missing_ok=True)
+        begun = f"echo '{BEGUN}' >&2;"
+        assert run(control, [call(f"{begun} exit {code}", "a"), call(f"{begun} exit 75", "b")]) == code
+
+
+def test_machines_that_cannot_be_started_are_named_and_the_others_stopped(control: Path) -> None:
+    calls = [
+        call(f"{GOES_ON} exit 75", "a"),
+        call("echo 'error: no such folder' >&2; exit 2", "b"),
+        call("exit 255", "c"),
+    ]
+    began = time.monotonic()
+    with pytest.raises(RunError) as caught:
+        run(control, calls)
+    assert time.monotonic() - began < 5
+    assert str(caught.value).splitlines() == [
+        "b: could not be started: no such folder",
+        "c: could not be started: ended with 255, without a word",
+    ]
+    assert afar.stops(control) == [signal.SIGTERM]
+
+
+def test_what_one_has_refused_ends_the_others_after_a_while(control: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(afar, "REFUSED_S", 0.2)
+    calls = [call(f"{GOES_ON} exit 143", "a"), call(f"echo '{BEGUN}' >&2; exit 2", "b")]
+    assert run(control, calls) == 2
+
+
+def test_a_connection_that_is_lost_is_said(control: Path) -> None:
+    said: list[str] = []
+    lost = f"echo '{BEGUN}' >&2; echo 'Timeout, server b not responding.' >&2; exit 255"
+    assert run(control, [call(f"echo '{BEGUN}' >&2; sleep 0.3; exit 75", "a"), call(lost, "b")], said) == 75
+    assert said == ["b: its connection has ended: Timeout, server b not responding."]
+    assert run(control, [call(lost, "a")], said) == 3
+
+
+def test_of_several_that_one_program_calls(control: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = (f"for h in a b c; do echo \"$h: {BEGUN}\" >&2; done; echo 'b: out'; echo 'pdsh@x: c: ssh exited with exit code 75' "
+            f">&2; echo 'pdsh@x: a: ssh exited with exit code 75' >&2; echo 'pdsh: of its own' >&2; exit 75")  # fmt: skip
+    assert run(control, [call(text, "a", "b", "c")]) == 75
+    out, err = capfd.readouterr()
+    assert out == "b: out\n"
+    assert err == "pdsh: of its own\n"
+
+
+def test_a_connection_that_ssh_keeps_for_others_is_not_waited_for(control: Path) -> None:
+    began = time.monotonic()
+    try:
+        assert run(control, [call(f"echo '{BEGUN}' >&2; sleep 60 & echo $! >kept; exit 0", "a")]) == 0
+    finally:
+        os.kill(int((control / "kept").read_text()), signal.SIGKILL)
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("pressed", [[signal.SIGINT], [signal.SIGUSR1, signal.SIGTERM], [signal.SIGTERM]])
+def test_signals_are_written_down_for_them(control: Path, pressed: list[signal.Signals]) -> None:
+    said: list[str] = []
+    last = f"until grep -q {pressed[-1].value} stops.json; do sleep 0.05; done"
+    presses = threading.Thread(target=_press, args=(pressed, control))
+    presses.start()
+    assert run(control, [call(f"echo '{BEGUN}' >&2; touch begun; {last}; exit 75", "a")], said) == 75
+    presses.join()
+    assert afar.stops(control) == pressed
+    assert said == [f"{pressed[0].name}: the run saves and stops; again: at once"]
+
+
+def _press(pressed: Sequence[signal.Signals], control: Path) -> None:
+    while not (control / "begun").exists():
+        time.sleep(0.02)
+    for one in pressed:
+        signal.raise_signal(one)
+        while not (control / "stops.json").exists():
+            time.sleep(0.02)
+
+
+def test_what_is_not_installed(control: Path) -> None:
+    with pytest.raises(RunError, match="no-ssh: not found; install it"):
+        run(control, [Call(["a"], Command(["no-ssh"], {}), b"")])
+
+
+def test_the_folder_is_gone_afterwards(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    with control_folder(run_dir) as made:
+        assert made.is_dir()
+        with control_folder(run_dir):
+            assert made.is_dir()
+    assert list(run_dir.nodes.iterdir()) == []
