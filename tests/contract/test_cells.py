@@ -69,6 +69,7 @@ def run_and_save(folder: Path, config: list[str], root: Path, start: Path | None
     if reader is not None:
         reader.close()
     policy = built.config.checkpoint
+    root.parent.mkdir(parents=True, exist_ok=True)
     saver = Saver(root, policy, built.comm.sibling())
     saving = Saving(saver, built.describe({}, {"size": built.comm.size}), policy.every_steps, policy.at_end, True)
     built.engine.run([record], Progress(), saving)
