@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -274,9 +275,10 @@ class _Job:
         if self.trouble is None and self.run.read_outcome(self.attempt) is not None:
             self.trouble = team.lost()  # torchrun would wait for it for minutes
         if not self._stopping and (host := team.come()) is not None:
-            self._stopping = True
-            self.note(f"{host} has come: the run saves, and all meet anew")
-            self.run.joined.touch()
+            with contextlib.suppress(OSError):  # of a full disk: it is tried again, and the run goes on meanwhile
+                self.run.joined.touch()
+                self._stopping = True
+                self.note(f"{host} has come: the run saves, and all meet anew")
         if not self._first_known and (ranks := workers(agent)):
             self.first_rank, self._first_known = min(ranks), True
 

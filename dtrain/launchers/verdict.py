@@ -91,7 +91,7 @@ def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: st
     hung = read_hang(run, attempt) if told is None and (recorded is None or recorded.state == "failed") else []
     first = _hang_failure(hung) if hung else _first(failures, killed)
     if recorded is not None and recorded.state != "failed" and (first is None or first.secondary):
-        return _stopped_by_loss(run, recorded, lost) if lost is not None and told is None else recorded
+        return _stopped_for(run, recorded, lost, told) if recorded.state == "stopped" else recorded
     if forced:
         message = "ended at once by a second signal"
         return run.write_outcome("interrupted", attempt, message=message)
@@ -107,12 +107,18 @@ def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: st
     return run.write_outcome("launcher", attempt, message=_launcher_message(run, attempt, returncode))
 
 
-def _stopped_by_loss(run: RunDir, recorded: Outcome, lost: str) -> Outcome:
-    """As it was recorded, but for a stop that nobody asked for: the ranks of a launcher that is killed are told to."""
-    if recorded.state != "stopped" or recorded.reason != "SIGTERM":
+def _stopped_for(run: RunDir, recorded: Outcome, lost: str | None, told: int | None) -> Outcome:
+    """As it was recorded, but for a stop that nobody asked for, since the ranks of a launcher that is killed are told
+    to, and for one that was asked for while all saved for another machine: it would go on with that.
+    """
+    if recorded.reason == JOINED and told is not None:
+        why = reason = signal.Signals(told).name
+    elif recorded.reason == "SIGTERM" and told is None and lost is not None:
+        why, reason = lost, LEFT
+    else:
         return recorded
-    message = f"{lost}; {recorded.message}"
-    return run.write_outcome("stopped", recorded.attempt, step=recorded.step, message=message, reason=LEFT)
+    message = f"{why}; {recorded.message}"
+    return run.write_outcome("stopped", recorded.attempt, step=recorded.step, message=message, reason=reason)
 
 
 def _alone(end: NodeEnd, run: RunDir, attempt: int) -> NodeEnd:

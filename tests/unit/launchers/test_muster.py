@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from dtrain.config.spec import Gathering
+from dtrain.config.spec import Command, Gathering
 from dtrain.errors import RunError
 from dtrain.launchers import muster
 from dtrain.launchers.muster import Follower, Go, Leader, Over, enter
+from dtrain.launchers.supervise import _Job
 from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
 from dtrain.runs.files import write_json
@@ -188,6 +189,23 @@ def test_enough_are_enough_and_one_that_comes_later_is_seen(run: RunDir) -> None
         assert leader.come() is None  # as many as there may be
         too_many.leave()
         again.leave()
+
+
+def test_one_that_comes_to_a_full_disk_waits(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lead(run, 3, SOME) as leader:
+        leader.wait()
+        leader.meet(0, None)
+        later, said = Follower(run, "d", SOME), list[str]()
+        job = _Job(Command([], {}), run, 0, said.append, "off", leader)
+        run.joined.symlink_to(run.nodes / "nowhere" / "x")  # as good as no room for it
+        job._look_at_team(leader, 0)
+        assert said == []
+        run.joined.unlink()
+        job._look_at_team(leader, 0)
+        assert run.joined.exists()
+        assert len(said) == 1
+        later.leave()
+    job.clean_up()
 
 
 def test_another_configuration_ends_no_run_that_may_do_without_it(run: RunDir) -> None:

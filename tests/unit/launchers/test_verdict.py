@@ -146,12 +146,19 @@ def test_a_machine_that_is_gone_is_the_cause_of_the_echo(run: RunDir) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "told", "expected"),
-    [("SIGTERM", None, LEFT), ("SIGTERM", signal.SIGTERM, "SIGTERM"), (JOINED, None, JOINED)],
+    [
+        ("SIGTERM", None, LEFT),
+        ("SIGTERM", signal.SIGTERM, "SIGTERM"),
+        (JOINED, None, JOINED),
+        (JOINED, signal.SIGTERM, "SIGTERM"),
+    ],
 )
 def test_a_stop_that_nobody_asked_for_is_told_from_one(
     run: RunDir, reason: str, told: int | None, expected: str
 ) -> None:
-    """A launcher that is killed takes its ranks with it by SIGTERM, for which all of them save."""
+    """A launcher that is killed takes its ranks with it by SIGTERM, for which all of them save. And one that is asked for
+    during a save for another machine is not forgotten for that.
+    """
     run.write_outcome("stopped", 0, step=5, message="m", reason=reason)
     outcome = judge_all(run, 0, [NodeEnd("here", 0, told)], lost="node 1 on n2 is gone")
     assert (outcome.kind, outcome.step, outcome.reason) == ("stopped", 5, expected)
