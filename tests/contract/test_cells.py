@@ -52,6 +52,7 @@ def _config(folder: Path, title: str, strategy: str) -> list[str]:
     tuning = TUNINGS[title] or [f"tuning={title}"]
     return overrides(folder, RECIPE, *tuning, *FURTHER.get(title, ()), f"strategy={strategy}", "export.dtype=fp32",
                      *(DIVIDED if strategy == "zero3" else ()), f"checkpoint.every_steps={HALF}",
+                     f"train.activation_checkpointing={str(strategy in ('zero3', 'fsdp2')).lower()}",
                      "checkpoint.at_end=false")  # fmt: skip
 
 
