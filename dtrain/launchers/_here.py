@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import socket
@@ -13,7 +14,7 @@ from typing import Literal
 from dtrain.config.spec import Command, Meeting
 from dtrain.errors import PlanError
 from dtrain.plan.machine import Machine
-from dtrain.plan.world import Device
+from dtrain.plan.world import Device, Topology
 
 
 def procs_here(procs: int | Literal["auto"], device: Device, machine: Machine) -> int:
@@ -30,8 +31,30 @@ def procs_here(procs: int | Literal["auto"], device: Device, machine: Machine) -
     return machine.gpus if procs == "auto" else procs
 
 
-def one_node(worker: Sequence[str], procs: int, threads: int | Literal["auto"]) -> Command:
-    """All ranks on this machine."""
+def machine_there(here: Machine, gpus: int) -> Machine:
+    """A machine of a job that is handed over, of which only its GPUs are known, and `here` where it is typed."""
+    known = bool(here.gpus and gpus)
+    return dataclasses.replace(here, gpus=gpus, gpu_name=here.gpu_name if known else "",
+                               gpu_memory_bytes=here.gpu_memory_bytes if known else 0)  # fmt: skip
+
+
+def procs_there(procs: int | Literal["auto"], gpus: int, device: Device) -> int:
+    """Processes on a machine of a job: one per GPU; on CPU one. Raises PlanError."""
+    procs = procs if procs != "auto" else gpus if device == "cuda" else 1
+    if procs == 0:
+        raise PlanError("launcher.gpus_per_node=0: device=cuda needs GPUs; say how many each node has")
+    return procs
+
+
+def ranks(worker: Sequence[str], topology: Topology, threads: int | Literal["auto"],
+          meeting: Meeting | None) -> Command:  # fmt: skip
+    """The ranks of this machine: all of the run, or, where machines have met, its part."""
+    if meeting is None:
+        return _one_node(worker, topology.procs_per_node, threads)
+    return _one_of_nodes(worker, topology, threads, meeting)
+
+
+def _one_node(worker: Sequence[str], procs: int, threads: int | Literal["auto"]) -> Command:
     if procs == 1:  # torchrun would cost seconds and add nothing
         return Command([sys.executable, "-u", "-m", "dtrain", *worker], {**_env(procs, threads), **_alone()})
     rendezvous = [
@@ -41,22 +64,21 @@ def one_node(worker: Sequence[str], procs: int, threads: int | Literal["auto"]) 
     return Command(_torchrun(rendezvous, procs, worker), _env(procs, threads))
 
 
-def one_of_nodes(worker: Sequence[str], nodes: int, procs: int, threads: int | Literal["auto"],
-                 meeting: Meeting) -> Command:  # fmt: skip
-    """The ranks of this machine, of a run on several."""
+def _one_of_nodes(worker: Sequence[str], topology: Topology, threads: int | Literal["auto"],
+                  meeting: Meeting) -> Command:  # fmt: skip
     host = f"[{meeting.host}]" if ":" in meeting.host else meeting.host
     rendezvous = [
-        f"--nnodes={nodes}",
+        f"--nnodes={topology.nodes}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={host}:{meeting.port}",
         f"--rdzv-id={meeting.id}",
         f"--rdzv-conf=is_host={int(meeting.is_host)}",   # torchrun would guess it from the names of this machine
         f"--local-addr={meeting.local}",                 # what the ranks of other nodes reach this one by
     ]  # fmt: skip
-    env = _env(procs, threads)
+    env = _env(topology.procs_per_node, threads)
     if meeting.interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
         env["GLOO_SOCKET_IFNAME"] = meeting.interface
-    return Command(_torchrun(rendezvous, procs, worker), env)
+    return Command(_torchrun(rendezvous, topology.procs_per_node, worker), env)
 
 
 def _torchrun(rendezvous: Sequence[str], procs: int, worker: Sequence[str]) -> list[str]:

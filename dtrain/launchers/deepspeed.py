@@ -15,7 +15,7 @@ from pydantic import Field
 from dtrain.config.spec import Call, Command, Gathering, LauncherSpec, Meeting, Restarts, spec
 from dtrain.errors import ConfigError, PlanError
 from dtrain.launchers import _hosts, _orders
-from dtrain.launchers._here import one_node, one_of_nodes
+from dtrain.launchers._here import ranks
 from dtrain.launchers._hosts import Host
 from dtrain.launchers._network import HOST, is_here
 from dtrain.launchers._orders import HOSTS
@@ -111,9 +111,7 @@ class DeepSpeed(LauncherSpec):
 
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
                 meeting: Meeting | None = None) -> Command:  # fmt: skip
-        if meeting is None:
-            return one_node(worker, topology.procs_per_node, self.threads)
-        return one_of_nodes(worker, topology.nodes, topology.procs_per_node, self.threads, meeting)
+        return ranks(worker, topology, self.threads, meeting)
 
     def restarts(self) -> Restarts:
         return Restarts(self.max_restarts, self.restart_wait_s)

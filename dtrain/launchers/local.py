@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dtrain.config.spec import Command, LauncherSpec, Meeting, Restarts, spec
-from dtrain.launchers._here import one_node, procs_here
+from dtrain.launchers._here import procs_here, ranks
 from dtrain.plan.machine import Machine
 from dtrain.plan.world import Device, Topology
 
@@ -31,8 +31,7 @@ class Local(LauncherSpec):
 
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
                 meeting: Meeting | None = None) -> Command:  # fmt: skip
-        assert meeting is None
-        return one_node(worker, topology.procs_per_node, self.threads)
+        return ranks(worker, topology, self.threads, meeting)
 
     def restarts(self) -> Restarts:
         return Restarts(self.max_restarts, self.restart_wait_s)

@@ -14,8 +14,8 @@ from pydantic import Field
 
 from dtrain.config.schema import seconds
 from dtrain.config.spec import Command, Gathering, Job, LauncherSpec, Meeting, Restarts, spec
-from dtrain.errors import ConfigError, PlanError
-from dtrain.launchers._here import one_node, one_of_nodes, procs_here
+from dtrain.errors import ConfigError
+from dtrain.launchers._here import machine_there, procs_here, procs_there, ranks
 from dtrain.plan.machine import Machine
 from dtrain.plan.world import Device, Topology
 
@@ -99,16 +99,10 @@ class Slurm(LauncherSpec):
         return found
 
     def machine(self, here: Machine) -> Machine:
-        if _on_node(os.environ):
-            return here
-        known = bool(here.gpus and self.gpus_per_node)
-        return dataclasses.replace(here, gpus=self.gpus_per_node, gpu_name=here.gpu_name if known else "",
-                                   gpu_memory_bytes=here.gpu_memory_bytes if known else 0)  # fmt: skip
+        return here if _on_node(os.environ) else machine_there(here, self.gpus_per_node)
 
     def topology(self, device: Device, machine: Machine) -> Topology:
-        procs = self.procs if self.procs != "auto" else self.gpus_per_node if device == "cuda" else 1
-        if procs == 0:
-            raise PlanError("launcher.gpus_per_node=0: device=cuda needs GPUs; say how many each node has")
+        procs = procs_there(self.procs, self.gpus_per_node, device)
         if _on_node(os.environ):
             procs = procs_here(procs, device, machine)
         return Topology(nodes=self.nodes, procs_per_node=procs)
@@ -119,9 +113,7 @@ class Slurm(LauncherSpec):
 
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
                 meeting: Meeting | None = None) -> Command:  # fmt: skip
-        if meeting is None:
-            return one_node(worker, topology.procs_per_node, self.threads)
-        return one_of_nodes(worker, topology.nodes, topology.procs_per_node, self.threads, meeting)
+        return ranks(worker, topology, self.threads, meeting)
 
     def restarts(self) -> Restarts:
         return Restarts(self.max_restarts)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dtrain.config.spec import Command, Gathering, LauncherSpec, Meeting, Restarts, spec
-from dtrain.launchers._here import one_node, one_of_nodes, procs_here
+from dtrain.launchers._here import procs_here, ranks
 from dtrain.launchers._network import HOST, is_here
 from dtrain.plan.machine import Machine
 from dtrain.plan.world import Device, Topology
@@ -74,6 +74,4 @@ class Torchrun(LauncherSpec):
 
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
                 meeting: Meeting | None = None) -> Command:  # fmt: skip
-        if meeting is None:
-            return one_node(worker, topology.procs_per_node, self.threads)
-        return one_of_nodes(worker, topology.nodes, topology.procs_per_node, self.threads, meeting)
+        return ranks(worker, topology, self.threads, meeting)
