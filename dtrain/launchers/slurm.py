@@ -48,7 +48,7 @@ class Slurm(LauncherSpec):
     cpus_per_task: Annotated[int, Field(ge=1)] | None = None
     """Cores of a node's task, which all its processes share."""
     options: tuple[str, ...] = ()
-    """Further options of sbatch, such as [--exclusive,--exclude=n3]."""
+    """Further options of sbatch, such as '[--exclusive,"--exclude=n3"]'."""
     signal_s: Annotated[int, Field(ge=1, le=65535)] = 180
     """So many seconds before the time limit, Slurm tells the script to have the run save and end."""
     requeue: bool = True

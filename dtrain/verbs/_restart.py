@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MOST_S = 600.0
 """The longest wait."""
+LOST_WITHOUT_PROGRESS = 5
+"""So often in a row may a machine leave before another step is saved: more is no accident but, say, a machine whose memory
+is too small and which comes back each time."""
 
 
 def wait_s(first_s: float, failed: int) -> float:
@@ -33,16 +36,24 @@ def again(run: RunDir, outcome: Outcome, settled: Config, say: Callable[[str], N
     """Whether the run is to be started again now, once it has waited for that. To be called by the holder of the run's
     lock.
     """
-    return (_oom.again(run, outcome, settled, say) or with_others(outcome, settled.launcher.gathering(), say)
+    return (_oom.again(run, outcome, settled, say) or with_others(run, outcome, settled.launcher.gathering(), say)
             or after_failure(run, outcome, settled.launcher.restarts(), say))  # fmt: skip
 
 
-def with_others(outcome: Outcome, gathering: Gathering, say: Callable[[str], None]) -> bool:
-    """The same where a machine has left or come, and the run may do with fewer or more. No failure is counted: each
-    time there is one machine less, or a save.
+def with_others(run: RunDir, outcome: Outcome, gathering: Gathering, say: Callable[[str], None]) -> bool:
+    """The same where a machine has left or come, and the run may do with fewer or more. No failure is counted but
+    `LOST_WITHOUT_PROGRESS`.
     """
     changed = outcome.kind == "lost" or (outcome.kind == "stopped" and outcome.reason in (JOINED, LEFT))
     if gathering.least is None or not changed:
+        return False
+    last = run.read_manifest().get("attempts", [])[-LOST_WITHOUT_PROGRESS:]
+    if (len(last) == LOST_WITHOUT_PROGRESS and all(one.get("ended") == "lost" for one in last)
+            and len({one.get("first_step") for one in last}) == 1):  # fmt: skip
+        say(
+            f"{outcome.message}: not started again: {len(last)} attempts in a row began at step "
+            f"{last[0]['first_step']} and lost a machine; look at why, or save more often: checkpoint.every_minutes"
+        )
         return False
     say(f"{outcome.message}: all meet anew, at least {gathering.least}")
     return True
@@ -56,6 +67,8 @@ def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callab
         return False
     attempts = run.read_manifest().get("attempts", [])
     if not restarts.counts_lost:
+        if outcome.kind == "lost":  # `with_others` has said why not
+            return False
         attempts = [one for one in attempts if one.get("ended") != "lost"]
     why_not = refusal(attempts, restarts.most)
     if why_not is not None:

@@ -42,10 +42,22 @@ def test_machines_that_leave_do_not_count_where_others_may_go_on(run: RunDir) ->
     ("lost", "", True), ("stopped", JOINED, True), ("stopped", LEFT, True), ("stopped", "SIGTERM", False), ("worker", "", False),
     ("done", "", False),
 ])  # fmt: skip
-def test_all_meet_anew_for_a_machine_that_leaves_or_comes(kind: str, reason: str, expected: bool) -> None:
+def test_all_meet_anew_for_a_machine_that_leaves_or_comes(run: RunDir, kind: str, reason: str, expected: bool) -> None:
+    run.write_manifest({"attempts": []})
     outcome = Outcome(kind=kind, attempt=0, reason=reason)
-    assert with_others(outcome, Gathering(least=1), lambda line: None) is expected
-    assert not with_others(outcome, Gathering(), lambda line: None)
+    assert with_others(run, outcome, Gathering(least=1), lambda line: None) is expected
+    assert not with_others(run, outcome, Gathering(), lambda line: None)
+
+
+@pytest.mark.parametrize(("first_steps", "expected"), [([4] * 4, True), ([4] * 5, False), ([0, 4, 4, 4, 4], True)])
+def test_machines_do_not_leave_for_ever_at_one_step(run: RunDir, first_steps: list[int], expected: bool) -> None:
+    run.write_manifest({"attempts": []})
+    for attempt, step in enumerate(first_steps):
+        run.add_attempt(attempt, ended="lost", first_step=step)
+    outcome, said = run.write_outcome("lost", len(first_steps) - 1), []
+    assert with_others(run, outcome, Gathering(least=1), said.append) is expected
+    assert ("began at step 4" in said[-1]) is not expected
+    assert not after_failure(run, outcome, Restarts(3, 0, counts_lost=False), said.append)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
