@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MOST_S = 600.0
 """The longest wait."""
 LOST_WITHOUT_PROGRESS = 5
-"""So often in a row may a machine leave before another step is saved: more is no accident but, say, a machine whose memory
-is too small and which comes back each time."""
+"""So often in a row may a machine leave before another step is saved: more is no accident, but perhaps one machine that
+comes back each time and whose memory is too small."""
 
 
 def wait_s(first_s: float, failed: int) -> float:
