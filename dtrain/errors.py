@@ -61,6 +61,10 @@ class StorageError(DtrainError):
     kind = "storage"
 
 
+class DivergedError(DtrainError):
+    """Ranks that are to hold the same values do not."""
+
+
 class NonFiniteError(DtrainError):
     """A loss or gradient that is not a number, found before the update."""
 

@@ -87,6 +87,9 @@ class Train:
     unmoved: Literal["refuse", "allow"] = "refuse"
     """Whether a run may go on whose first step gave a parameter that is to be trained no gradient, or changed one that
     is not."""
+    compare_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between two comparisons, bit by bit, of what several ranks hold a copy of: weights and optimizer state in
+    DDP and between replicas, and weights that are not trained. Done before each save too; 0 is never."""
     on_oom: Literal["stop", "smaller_micro_batch"] = "stop"
     """Where memory runs out in a step: end the run, or do that step again in micro-batches of half the size, and go on
     with those. The global batch stays as it is."""

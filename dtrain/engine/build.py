@@ -22,6 +22,7 @@ from dtrain.engine import rng
 from dtrain.engine.around import around
 from dtrain.engine.engine import Course, Engine
 from dtrain.engine.proof import Proof
+from dtrain.engine.replicas import Replicas
 from dtrain.engine.samples import Sampler
 from dtrain.engine.state import State
 from dtrain.errors import CheckpointError
@@ -186,6 +187,7 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
         pad_id=pad_id,
         eval_every=config.eval.every_steps,
         eval_max_rows=config.eval.max_rows,
+        compare_every=config.train.compare_every,
         flops_per_token=config.model.figures().flops_per_token(
             config.dataset.max_length, sum(math.prod(one.shape) for one in parameters.values())
         ),
@@ -204,11 +206,16 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     rng.seed(config.run.seed + 1 + comm.rank + state.step * 2**20)
     if resume is not None and resume.manifest.made_by.get("size") == comm.size:
         rng.load(resume.blobs(file_name(comm.rank)), comm.device)
-    unproven = config.train.unmoved == "allow" or config.strategy.unsavable() is not None
-    proof = None if unproven else Proof(strategy, comm, list(parameters), config.tuning.moves_first)
+    unseen = config.strategy.unsavable() is not None
+    replicas = None if unseen or not config.train.compare_every else Replicas(strategy, comm)
+    proof = (
+        None
+        if unseen or config.train.unmoved == "allow"
+        else Proof(strategy, comm, list(parameters), config.tuning.moves_first)
+    )
     sampler = Sampler(config, bundle, strategy, comm) if config.eval.prompts else None
     engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof,
-                    alongside=bundle.alongside, sampler=sampler)  # fmt: skip
+                    alongside=bundle.alongside, sampler=sampler, replicas=replicas)  # fmt: skip
     tied = _tied(bundle.module, list(parameters))
     return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention, loss)
 

@@ -20,7 +20,7 @@ from dtrain.engine.rescue import NO_RESCUE, AbstractRescue
 from dtrain.engine.samples import ToldToStop
 from dtrain.engine.state import State
 from dtrain.engine.step import Objective, StepResult, train_step
-from dtrain.errors import NonFiniteError, StorageError
+from dtrain.errors import DivergedError, NonFiniteError, StorageError
 from dtrain.failpoints import reach
 from dtrain.trackers.base import AbstractTracker, Confusion, EvalReport, SamplesReport, StepReport
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dtrain.data.store import AbstractStore
     from dtrain.data.streaming import Streams
     from dtrain.engine.proof import Proof
+    from dtrain.engine.replicas import Replicas
     from dtrain.engine.samples import Sampler
     from dtrain.engine.state import Progress
     from dtrain.models.base import AbstractAlongside
@@ -62,6 +63,8 @@ class Course:
     eval_every: int
     """Steps between evals; 0 is only at the end."""
     eval_max_rows: int | None
+    compare_every: int
+    """Steps between comparisons of what several ranks hold; 0 is never."""
     flops_per_token: float
     peak_flops: float | None
     """Of one device, dense; None where unknown."""
@@ -101,11 +104,14 @@ class Engine:
                  self, course: Course, strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
                  rows: tuple[AbstractStore | Streams, AbstractStore], *, state: State | None = None,
                  begin: Begin = lambda say, at: None, proof: Proof | None = None,
-                 alongside: AbstractAlongside | None = None, sampler: Sampler | None = None) -> None:  # fmt: skip
+                 alongside: AbstractAlongside | None = None, sampler: Sampler | None = None,
+                 replicas: Replicas | None = None) -> None:  # fmt: skip
         """`state`: where to go on from; `begin` is called before the first step, and makes what sees the micro-batches
-        of each before their losses; `alongside`: what the tuning does besides; `sampler`: writes at each eval.
+        of each before their losses; `alongside`: what the tuning does besides; `sampler`: writes at each eval;
+        `replicas`: compares ranks.
         """
-        self._alongside, self._sampler = alongside, sampler
+        self._alongside, self._sampler, self._replicas = alongside, sampler, replicas
+        self._compared_step = -1
         self._proof, self._moved = proof, state is not None and state.step > 0
         self._course, self._strategy, self._objective, self._comm = course, strategy, objective, comm
         self._train_rows, self._eval_rows = rows
@@ -138,9 +144,10 @@ class Engine:
             self._look_if_due()
             while self._state.step < course.steps and not self._stop:
                 self._train_one(loader)
+                self._compare_if_due()
                 self._look_if_due()
                 self._save_if_due()
-        except NonFiniteError:  # on all ranks; what is being written is of an earlier step, and good
+        except (NonFiniteError, DivergedError):  # on all ranks; what is being written is of an earlier step, and good
             self._saver.wait()
             raise
         if self._stop or (saving and saving.at_end):
@@ -192,6 +199,17 @@ class Engine:
                 )
         if not self._saver.failed:  # of a failure all ranks must hear at the same step
             self._hear(self._saver.finished())
+
+    def _compare_if_due(self) -> None:
+        every = self._course.compare_every
+        if every and self._state.step % every == 0:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Unless this very step was looked at. Collective."""
+        if self._replicas is not None and self._compared_step != self._state.step:
+            self._replicas.check(self._state.step)
+            self._compared_step = self._state.step
 
     def _forward(self, module: nn.Module, batch: Batch) -> Loss:
         self._progress.at(self._progress.phase, rows=batch.sample_ids)
@@ -291,6 +309,7 @@ class Engine:
         if self._saving is None or self._saved_step == self._state.step:
             return
         self._progress.at("save", self._state.step)
+        self._compare()
         blobs = {**rng.save(self._comm.device), **self._loader.blobs(self._state.samples)}
         self._saver.save(self._strategy.shards(), self._described(self._saving), blobs)
         self._saved_step, self._save_due = self._state.step, False

@@ -66,7 +66,7 @@ ROWS: dict[str, Row] = {
     "22": Row("a rank leaves out a step", "kind hang, the steps of all", (f"{UNIT}/runs/test_hang.py::test_one_that_is_a_step_behind",), "only the rule that names the rank is tested, not a run in which it happens"),
     "23": Row("a loss that is no number, on one rank", "no rank updates; exit 3, kind nonfinite, the rows named", (f"{E2E}/test_main_job.py::test_a_loss_that_is_not_finite", f"{CONTRACT}/test_seam.py::test_what_is_not_finite_stops_every_rank", f"{FAULTS}/test_storage.py::test_what_is_being_written_when_a_loss")),
     "24": Row("a gradient that is no number; a loss that leaps", "the same for a gradient", (f"{CONTRACT}/test_seam.py::test_what_is_not_finite_stops_every_rank",), "a leap of the loss is not acted on: there is no way back to before it that leaves out rows"),
-    "25": Row("a bit of one rank's parameters is another", "found by comparing ranks", (), "ranks are not compared while a run goes on"),
+    "25": Row("a bit of one rank's parameters is another", "exit 3 before anything is saved of it, the parameter and the rank named", (f"{CONTRACT}/test_replicas.py::test_a_bit",)),
     "26": Row("rows that are broken in eleven ways", "file, line and reason of the first five, counts of all; exit 2, or left out up to a share", (f"{FAULTS}/test_rows.py::test_a_corrupt_row", f"{FAULTS}/test_rows.py::test_all_of_them", f"{FAULTS}/test_rows.py::test_what_is_left_out")),
     "27": Row("nothing to train on: no rows, all left out, nothing to learn", "exit 2 with the counts", (f"{FAULTS}/test_rows.py::test_nothing_to_train_on",)),
     "28": Row("fewer rows than a global batch", "exit 2 with both numbers and what to set", (f"{E2E}/test_refusals.py::test_fewer_rows",)),

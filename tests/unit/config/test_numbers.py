@@ -95,7 +95,7 @@ def test_what_no_number_may_be(path: str, typed: str, key: str) -> None:
         assert "Traceback" not in said
 
 
-ZERO = {"run.seed", "train.grad_clip", "eval.every_steps", "eval.fraction", "checkpoint.every_steps", "optim.weight_decay",
+ZERO = {"run.seed", "train.grad_clip", "train.compare_every", "eval.every_steps", "eval.fraction", "checkpoint.every_steps", "optim.weight_decay",
         "dataset.max_bad_fraction", "launcher.gpus_per_node", "launcher.max_restarts", "launcher.restart_wait_s",
         "launcher.last_call_s", "schedule.warmup_steps", "schedule.min_factor", "schedule.decay_fraction",
         "strategy.prefetch_bucket_size", "strategy.param_persistence_threshold", "strategy.max_reuse_distance",
