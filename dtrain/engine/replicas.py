@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, final
 
+import torch
+import xxhash
+
 from dtrain.checkpoint.storage import WEIGHT
-from dtrain.engine.prints import print_of
 from dtrain.errors import DivergedError
 from dtrain.runs.host import host_name
 
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     from dtrain.strategies.base import AbstractStrategy, Shard
 
 _SHOWN = 4
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-Prints = dict[str, tuple[int, int]]
+Prints = dict[str, int]
 
 
 @final
@@ -66,7 +69,7 @@ class Replicas:
         for i, groups in enumerate(bad):
             for ranks in groups:
                 for name in said[ranks[0]][1][i]:
-                    found = {rank: tuple(said[rank][1][i].get(name, ())) for rank in ranks}
+                    found = {rank: said[rank][1][i].get(name) for rank in ranks}
                     if len(set(found.values())) > 1:
                         names[name] = None
                         (usual, times), *_ = Counter(found.values()).most_common()
@@ -81,8 +84,18 @@ class Replicas:
 
 
 def _prints(shards: Iterable[Shard]) -> Prints:
-    return {shard.name if state == WEIGHT else f"{shard.name} ({state})": print_of(view)
+    return {shard.name if state == WEIGHT else f"{shard.name} ({state})": _print_of(view)
             for shard in shards for state, view in shard.views.items()}  # fmt: skip
+
+
+def _print_of(view: torch.Tensor) -> int:
+    """Of the bits of a 1-D tensor: on CPU a digest, elsewhere their sum as whole numbers, which one that is another
+    changes and no order of summing.
+    """
+    bits = view.detach().view(_BITS[view.element_size()])
+    if bits.device.type == "cpu":
+        return xxhash.xxh3_64_intdigest(memoryview(bits.contiguous().numpy()))
+    return int(bits.sum(dtype=torch.int64))
 
 
 def _digest(values: Iterable[object]) -> str:
