@@ -135,6 +135,8 @@ class Call:
     tells the other machines that this one is gone."""
     unread: bool = False
     """Its argv says that already, and it is given nothing to read."""
+    named: bool = False
+    """It begins each line with the machine's name, and says how each that failed has ended, as pdsh does."""
     left_out: Sequence[str] = ()
     """Variables with secrets, which are not passed on where argv would show them."""
 

@@ -94,7 +94,7 @@ def _print_of(view: torch.Tensor) -> int:
     """
     bits = view.detach().view(_BITS[view.element_size()])
     if bits.device.type == "cpu":
-        return xxhash.xxh3_64_intdigest(memoryview(bits.contiguous().numpy()))
+        return xxhash.xxh3_64_intdigest(bits.contiguous().numpy().data)
     return int(bits.sum(dtype=torch.int64))
 
 

@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 
 from dtrain.errors import ConfigError
-from dtrain.runs.secrets import is_secret_variable
+from dtrain.runs.secrets import is_secret_variable, scrub
 
 PASSED = ("CUDA_", "DS_", "DTRAIN_", "FI_", "GLOO_", "HF_", "HUGGING", "KMP_", "LD_LIBRARY_PATH", "MKL_", "NCCL_",
           "OMP_", "PATH", "PYTHON", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRITON_", "UCX_", "WANDB_")  # fmt: skip
@@ -80,11 +80,16 @@ def passed_on(env: Mapping[str, str], extra: Collection[str], *, secrets: bool) 
         for name, value in env.items()
         if name not in OWN
         and ((secrets and is_secret_variable(name))
-             or ((name in extra or name.startswith(PASSED)) and not is_secret_variable(name)))
+             or ((name in extra or name.startswith(PASSED)) and (secrets or not holds_secret(name, env))))
     }  # fmt: skip
     if "PYTHONPATH" in found:  # ssh begins in another folder
         found["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, found["PYTHONPATH"].split(os.pathsep)))
     return found
+
+
+def holds_secret(name: str, env: Mapping[str, str]) -> bool:
+    """By the variable's name, or by its value: an address with a password, or another one's token."""
+    return is_secret_variable(name) or scrub(env[name], env) != env[name]
 
 
 def remote_command(python: str, host: str, orders: str, env: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import TextIO
 
 from dtrain.config.spec import Call
 from dtrain.errors import RunError, UserError
@@ -38,6 +38,11 @@ REFUSED_S = 10.0
 """The same where it has refused what the user typed: then nothing is to be saved."""
 KILL_S = 30.0
 """After a second signal, what the machines get to end."""
+SILENT_S = 30.0
+"""Once all are told to stop, what those get that have not begun: they have nothing to save, and one whose login hangs
+would be waited for without end."""
+LEFT_S = 120.0
+"""Once the machine that leads has ended by itself, what the others get: they notice it within a minute."""
 HANG_UP_S = 5.0
 """What ssh gets to end, once it is told to."""
 LOST = 3
@@ -45,7 +50,7 @@ LOST = 3
 _PREFIX = "head-"
 _STOPS = "stops.json"
 _OLD_S = 3600.0
-_PDSH = re.compile(r"pdsh@[^:]*: (\S+): ssh exited with exit code (\d+)")
+_PDSH = re.compile(r"pdsh@[^:]*: (\S+): ssh (?:exited with exit code (\d+)|killed by signal (\d+))")
 _NO_SSH = 255
 """What ssh exits with for its own sake, and not for the command's."""
 BEGUN = "dtrain: begun"
@@ -60,6 +65,8 @@ def control_folder(run: RunDir) -> Iterator[Path]:
     """A folder of this start, which is gone afterwards, as are those that starts which were killed have left."""
     made = run.nodes / f"{_PREFIX}{os.urandom(8).hex()}"
     made.mkdir(parents=True)
+    # There from the start: that there is no such file, a network file system may believe for a minute.
+    write_json(made / _STOPS, {"signals": []})
     now = made.stat().st_mtime
     for left in run.nodes.glob(f"{_PREFIX}*"):
         with suppress(OSError):
@@ -107,7 +114,7 @@ class _Stream:
     """What a call prints on its stdout or stderr."""
 
     fd: int
-    to: IO[str]
+    to: TextIO
     open: bool = True
     _rest: bytes = b""
 
@@ -133,6 +140,17 @@ class _Stream:
         return [_text(rest)] if rest else []
 
 
+def _print(line: str, to: TextIO) -> None:
+    """Also where nobody reads it any more: the run goes on, and ends with its own exit code."""
+    try:
+        to.write(line.encode(to.encoding or "utf-8", "replace").decode(to.encoding or "utf-8") + "\n")
+        to.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, to.fileno())
+        os.close(nowhere)
+
+
 def _text(line: bytes) -> str:
     return line.decode("utf-8", "replace").rstrip("\r")
 
@@ -154,10 +172,15 @@ class _Head:
     def __init__(self, control: Path, calls: Sequence[Call], say: Callable[[str], None]) -> None:
         self._control, self._calls, self._say = control, calls, say
         self._machines = {name: _Machine(name) for call in calls for name in call.hosts}
+        self._labels = _labels(self._machines)
         self._lines: list[_Line] = []
         self._signals: list[int] = []
         self._told_at = 0.0
         self._told: list[int] = []
+        self._stopping_at: float | None = None
+        """Since when they are told to stop."""
+        self._led_until: float | None = None
+        """When the machine that leads has ended by itself."""
         self._give_up_at: float | None = None
         self._given_up = False
         self._ended: list[_Machine] = []
@@ -166,11 +189,17 @@ class _Head:
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Only takes note: the loop acts."""
         now = time.monotonic()
-        if not self._signals or self._signals == [signal.SIGUSR1]:
-            self._signals.append(signum)
+        firm = any(one != signal.SIGUSR1 for one in self._signals)
+        if self._signals and (signum == signal.SIGUSR1 or (firm and now - self._told_at <= SAME_PRESS_S)):
+            return
+        if not self._forced:
             self._told_at = now
-        elif signum != signal.SIGUSR1 and now - self._told_at > SAME_PRESS_S:
-            self._signals.append(signum)
+        self._signals.append(signum)
+
+    @property
+    def _forced(self) -> bool:
+        """Told a second time, which SIGUSR1 is no first time for: its ranks end at once."""
+        return len([one for one in self._signals if one != signal.SIGUSR1]) > 1
 
     def run(self) -> int:
         with selectors.DefaultSelector() as selector:
@@ -197,23 +226,23 @@ class _Head:
             if not stream.open:
                 selector.unregister(stream.fd)
 
-    def _take(self, call: Call, to: IO[str], line: str) -> None:
-        if len(call.hosts) == 1:
-            name, text = call.hosts[0], line
-        elif (ended := _PDSH.match(line)) and ended[1] in self._machines:
-            self._take_end(self._machines[ended[1]], int(ended[2]))
+    def _take(self, call: Call, to: TextIO, line: str) -> None:
+        if not call.named:
+            label, text = call.hosts[0], line
+        elif (ended := _PDSH.match(line)) and ended[1] in self._labels:
+            self._take_end(self._labels[ended[1]], int(ended[2]) if ended[2] else -int(ended[3]))
             return
-        else:  # pdsh has named the machine
-            name, _, text = line.partition(": ")
-        if text == BEGUN and name in self._machines:
-            self._machines[name].begun = True
+        else:
+            label, _, text = line.partition(": ")
+        one = self._labels.get(label)
+        if one is not None and text == BEGUN:
+            one.begun = True
             return
-        if name in self._machines:
+        if one is not None:
             if to is sys.stderr and text.strip():
-                self._machines[name].last = text.strip()
-            line = f"{name}: {text}"
-        to.write(line + "\n")
-        to.flush()
+                one.last = text.strip()
+            line = f"{one.name}: {text}"
+        _print(line, to)
 
     def _look(self, selector: selectors.BaseSelector) -> None:
         for line in self._lines:
@@ -226,8 +255,14 @@ class _Head:
             if not self._told and self._signals:
                 self._say(f"{signal.Signals(told[0]).name}: the run saves and stops; again: at once")
             self._told = list(told)
+            self._stopping_at = now if self._stopping_at is None else self._stopping_at
             write_json(self._control / _STOPS, {"signals": [int(one) for one in told]})
-        if len(self._signals) > 1 and now - self._told_at > KILL_S:
+        if self._forced and now - self._told_at > KILL_S:
+            self._hang_up()
+        alive = [one for one in self._machines.values() if one.exit is None]
+        left = self._led_until is not None and now - self._led_until > LEFT_S
+        silent = self._stopping_at is not None and now - self._stopping_at > SILENT_S
+        if left or (silent and not any(one.begun for one in alive)):
             self._hang_up()
 
     def _close(self, line: _Line, selector: selectors.BaseSelector) -> None:
@@ -238,9 +273,10 @@ class _Head:
             for text in stream.read_to_end():
                 self._take(line.call, stream.to, text)
         line.ended = True
-        alone = len(line.call.hosts) == 1
-        for name in line.call.hosts:  # of several, pdsh has named those that failed
-            self._take_end(self._machines[name], line.process.returncode if alone else min(line.process.returncode, 0))
+        code = line.process.returncode
+        for name in line.call.hosts:  # those that failed have been named; unless it has started none at all
+            one = self._machines[name]
+            self._take_end(one, min(code, 0) if line.call.named and one.begun else code)
 
     def _take_end(self, one: _Machine, exit_: int) -> None:
         """Note how its connection ended; after a failure the machines that are still there are told to stop."""
@@ -248,6 +284,8 @@ class _Head:
             return
         one.exit = exit_
         self._ended.append(one)
+        if one is next(iter(self._machines.values())) and one.code is not None:
+            self._led_until = time.monotonic()
         if exit_:
             patience_s = 0.0 if not one.begun else REFUSED_S if exit_ == UserError.exit_code else OTHERS_S
             at = time.monotonic() + patience_s
@@ -283,6 +321,13 @@ class _Head:
         return next((code for code in codes if code), LOST if leader.code is None else leader.code)
 
 
+def _labels(machines: Mapping[str, _Machine]) -> dict[str, _Machine]:
+    """By what their lines begin with: pdsh leaves out a domain that all have in common."""
+    short = [name.partition(".")[0] for name in machines]
+    of = {label: one for label, one in zip(short, machines.values(), strict=True) if short.count(label) == 1}
+    return {**of, **machines}
+
+
 def _start(call: Call) -> _Line:
     argv = list(call.command.argv)
     try:
@@ -313,7 +358,9 @@ def _start(call: Call) -> _Line:
 
 def _down(one: _Machine) -> str:
     why = hint_of(one.last)
-    said = one.last.removeprefix("error: ") or f"ended with {one.exit}, without a word"
+    silent = one.exit is not None and one.exit < 0
+    ended = "it did not answer; try `ssh` to it by hand" if silent else f"ended with {one.exit}, without a word"
+    said = one.last.removeprefix("error: ") or ended
     return f"{one.name}: could not be started: {said}" + (f"; {why}" if why else "")
 
 

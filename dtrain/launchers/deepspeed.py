@@ -140,9 +140,11 @@ class DeepSpeed(LauncherSpec):
         argv = ["pdsh", "-R", "ssh", "-S", "-f", str(len(names)), "-t", str(self.connect_timeout_s),
                 "-w", ",".join(names), text]  # fmt: skip
         more = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-        secret = sorted(name for name in os.environ if is_secret_variable(name))
+        asked = (*_orders.PASSED, *self.env)
+        secret = sorted(name for name in os.environ if is_secret_variable(name)
+                        or (name.startswith(asked) and _orders.holds_secret(name, os.environ)))  # fmt: skip
         return [Call(names, Command(argv, {"PDSH_SSH_ARGS_APPEND": f"{more} {' '.join(words)}".strip()}), told,
-                     unread=True, left_out=secret)]  # fmt: skip
+                     unread=True, named=True, left_out=secret)]  # fmt: skip
 
 
 def _fitting(procs: int, device: Device, machine: Machine) -> int:

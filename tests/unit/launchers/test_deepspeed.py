@@ -197,10 +197,15 @@ def test_secrets_are_in_no_argv_and_are_not_lost_in_silence(hostfile: str, monke
     for call in calls(hostfile):
         assert Orders.from_json(call.told.decode()).env["HF_TOKEN"] == "s3cr3t-of-mine"
         assert "s3cr3t" not in str(call.command)
+    values = {"WANDB_BASE_URL": "https://me:passw0rd@wandb.here", "HF_HEADER": "Bearer s3cr3t-of-mine"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
     (call,) = calls(hostfile, by="pdsh", env=("HF_TOKEN",))
-    assert "HF_TOKEN" in call.left_out
     orders = Orders.from_word(call.command.argv[-1].split()[-1])
-    assert "HF_TOKEN" not in orders.env
+    for name in ("HF_TOKEN", *values):
+        assert name in call.left_out
+        assert name not in orders.env
+    assert Orders.from_json(calls(hostfile)[0].told.decode()).env["WANDB_BASE_URL"] == values["WANDB_BASE_URL"]
 
 
 def test_what_is_too_long_is_told(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
