@@ -43,9 +43,15 @@ def parts(shards: Iterable[Shard], order: Mapping[str, int]) -> list[Part]:
     for shard in shards:
         begin, end = _share(shard, order[shard.name])
         if begin < end:
-            found += [Part(shard.name, state, shard.shape, shard.start + begin, view[begin:end])
+            found += [Part(shard.name, state, shard.shape, shard.start + begin, _own(view, begin, end, shard))
                       for state, view in shard.views.items()]  # fmt: skip
     return found
+
+
+def _own(view: torch.Tensor, begin: int, end: int, shard: Shard) -> torch.Tensor:
+    """Of what was copied off the weight's device for a moment, a piece must not keep the whole."""
+    mine = view[begin:end]
+    return mine.clone() if len(mine) < len(view) and view.device != shard.views[WEIGHT].device else mine
 
 
 def _share(shard: Shard, index: int) -> tuple[int, int]:

@@ -25,7 +25,9 @@ def packages(key: str, named: str) -> Mapping[str, str]:
 
 
 def find(key: str, named: str, error: type[UserError]) -> Callable[..., Any]:
-    """Raises `error`."""
+    """Raises `error`: also for a name that `packages` could not read, of which nothing is imported."""
+    if not _NAME.fullmatch(named):
+        raise error(f"{key}={named}: not module:function")
     module, _, name = named.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)

@@ -53,9 +53,10 @@ class Sampler:
         decoder = module.decoder_module.config.get_text_config()
         tokenizer = TextTokenizer.load(bundle.assets)
         self._strategy, self._comm = strategy, comm
-        self._model = _Together(strategy, comm.device)
+        positions = positions_of(module)
+        self._model = _Together(strategy, comm.device, positions)
         loaded = Loaded(bundle.assets, self._model, tokenizer, stops_of(decoder, tokenizer, [bundle.assets]),
-                        positions_of(module), comm.device, "")  # fmt: skip
+                        positions, comm.device, "")  # fmt: skip
         drawn = rng.save(comm.device)
         self._writer = Writer(loaded, How(usual=config.eval.max_new_tokens), seed=0)
         rng.load(drawn, comm.device)
@@ -109,6 +110,8 @@ class _Together:
 
     strategy: AbstractStrategy
     device: torch.device
+    max_positions: int | None
+    """Of the tokens of a text, with what follows on it; None where there is no limit."""
     go_on: GoOn = lambda left: bool(left)
 
     def generate(self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any,
@@ -121,12 +124,14 @@ class _Together:
         num, width = input_ids.shape
         lengths = attention_mask.sum(1)
         # As training lays rows out, padded at the end, and as wide from the beginning as they may become: what is made
-        # for a shape, such as a compiled kernel, is made once.
-        tokens = torch.full((num, width + most), pad_id, device=self.device)
+        # for a shape, such as a compiled kernel, is made once. No wider than the positions: a long prompt may be
+        # followed by less than a short one, whose padding would count beyond them.
+        widest = width + most if self.max_positions is None else min(width + most, self.max_positions)
+        tokens = torch.full((num, widest), pad_id, device=self.device)
         for row, length in enumerate(lengths.tolist()):
             tokens[row, :length] = input_ids[row, width - length :]
         rows = torch.arange(num, device=self.device)
-        columns = torch.arange(width + most, device=self.device).expand_as(tokens)
+        columns = torch.arange(widest, device=self.device).expand_as(tokens)
         ended = torch.zeros(num, dtype=torch.bool, device=self.device)
         out = input_ids
         while self.go_on(int((~ended).sum())):

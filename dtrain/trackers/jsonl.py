@@ -135,7 +135,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; a torn one, left by a kill, is passed over."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # Not by splitlines: what a model wrote may have U+2028 and other ends of lines, which JSON leaves as they are.
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 value = json.loads(line)
             except ValueError:

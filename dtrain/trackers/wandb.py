@@ -163,10 +163,20 @@ class _Wandb(AbstractTracker):
         try:
             run = self._open()
             while not isinstance(item := self._todo.get(), str):
-                run.log({key: _shown(value) for key, value in item[1].items()}, step=item[0])
+                run.log(self._all_shown(item[1]), step=item[0])
             run.finish(exit_code=0 if item == "done" else 1)
         except Exception as error:  # noqa: BLE001  wandb raises what it likes, and none of it may end a run
             self._warn(f"stopped: {type(error).__name__}: {error}")
+
+    def _all_shown(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A picture or a table that cannot be made is left out, and the numbers are not."""
+        shown = {}
+        for key, value in values.items():
+            try:
+                shown[key] = _shown(value)
+            except Exception as error:  # noqa: BLE001  as above
+                self._warn(f"{key}: {type(error).__name__}: {error}; left out")
+        return shown
 
     def _open(self) -> Any:
         """The run at the server, or on disk when there is no server or no key."""

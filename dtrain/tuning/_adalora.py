@@ -103,7 +103,8 @@ class _Alongside(AbstractAlongside):
             unsure.mul_(how.beta2).add_(now.sub_(matters).abs_(), alpha=1 - how.beta2)
 
     def begin(self, step: int, steps: int) -> None:
-        self._looking = step < Course.of(self._how, steps).last
+        # A choice needs a step that was looked at, also where the first step is the last that takes any.
+        self._looking = step < max(2, Course.of(self._how, steps).last)
 
     def term(self) -> tuple[str, torch.Tensor] | None:
         if not self._distances:
@@ -119,7 +120,10 @@ class _Alongside(AbstractAlongside):
         if step <= course.last or self._taken is None:
             first = how.rank * len(self._shapes)
             left = budget(step, course, first, how.target_rank * len(self._shapes))
-            self._taken = lowest(torch.tensor(comm.sum(self._scores(parts()))), first - left)
+            scores = torch.tensor(comm.sum(self._scores(parts())))
+            if not scores.any():  # nothing was updated yet, as where fp16 overflowed: all would be lowest
+                return False
+            self._taken = lowest(scores, first - left)
         with torch.no_grad():
             for part in parts():
                 layer, _, rest = part.name.partition(_E)

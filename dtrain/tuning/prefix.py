@@ -41,6 +41,9 @@ class Prefix(TuningSpec):
         if self.projection and self.init_from:
             found.append(f"tuning.init_from={self.init_from}: a folder has what the network made, and with "
                          f"tuning.projection=true what goes into it is wanted; leave one of them out")  # fmt: skip
+        if self.init_from and self.init != "normal":
+            found.append(f"tuning.init_from={self.init_from}: the adapter says what is started from, tuning.init="
+                         f"{self.init} another start; leave one of them out")  # fmt: skip
         if self.encoder_hidden and not self.projection:
             found.append(f"tuning.encoder_hidden={self.encoder_hidden}: of a network that there is with "
                          f"tuning.projection=true alone; set that, or leave it out")  # fmt: skip

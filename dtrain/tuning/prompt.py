@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -30,6 +30,9 @@ class Prompt(TuningSpec):
     """A folder with an adapter of the same kind, to start from instead."""
 
     def problems(self) -> list[str]:
+        if self.init_from and self.init != "vocabulary":
+            return [f"tuning.init_from={self.init_from}: the adapter says what is started from, tuning.init="
+                    f"{self.init} another start; leave one of them out"]  # fmt: skip
         if (self.init == "text") == bool(self.text):
             return []
         said = f"tuning.text={self.text}" if self.text else "tuning.text is empty"
@@ -58,7 +61,10 @@ class Prompt(TuningSpec):
             said = TextTokenizer.load(bundle.assets).encode(self.text)
             ids = (said * -(-num // len(said)))[:num]
         name = next(name for name, param in bundle.module.named_parameters() if param is bundle.embedding)
-        return torch.stack([bundle.weights.read(name, i * hidden, hidden).float() for i in ids])
+        # What the layers get of a token: Gemma's embedding multiplies what it looks up, which what is trained is not.
+        looked_up = cast(Any, bundle.module).decoder_module.get_input_embeddings()
+        scale = float(getattr(looked_up, "embed_scale", 1.0))
+        return torch.stack([bundle.weights.read(name, i * hidden, hidden).float() * scale for i in ids])
 
     def num_trainable(self, figures: Figures) -> int:
         return self.num_virtual_tokens * figures.hidden

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dtrain.config.spec import ModelSpec, TuningSpec
-from dtrain.config.validate import validate_spec
+from dtrain.config.validate import not_allowed, validate_spec
 from dtrain.errors import ExportError
 from dtrain.folders import remove_leftovers
 from dtrain.verbs._checkpoints import STEP_HELP, chosen, named
@@ -150,6 +150,8 @@ def _tuned(run: RunDir, read: Manifest, args: argparse.Namespace) -> ModelBundle
     model, tuning = (validate_spec(group, config[group], plugins=args.plugin) for group in ("model", "tuning"))
     assert isinstance(model, ModelSpec)
     assert isinstance(tuning, TuningSpec)
+    if problems := [line for one in (model, tuning) for line in not_allowed(one, args.plugin, "--plugin {}")]:
+        raise ExportError.of(problems)
     data = run.read_manifest().get("data")
     assets = args.base or (Path(data["assets"]) if isinstance(data, dict) else None)
     assert read.base is not None

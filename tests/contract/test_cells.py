@@ -48,11 +48,11 @@ class Cell(NamedTuple):
     """Of what is trained, whole."""
 
 
-def _config(folder: Path, title: str, strategy: str) -> list[str]:
+def _config(folder: Path, title: str, strategy: str, *, recompute: bool) -> list[str]:
     tuning = TUNINGS[title] or [f"tuning={title}"]
     return overrides(folder, RECIPE, *tuning, *FURTHER.get(title, ()), f"strategy={strategy}", "export.dtype=fp32",
                      *(DIVIDED if strategy == "zero3" else ()), f"checkpoint.every_steps={HALF}",
-                     f"train.activation_checkpointing={str(strategy in ('zero3', 'fsdp2')).lower()}",
+                     f"train.activation_checkpointing={str(recompute).lower()}",
                      "checkpoint.at_end=false")  # fmt: skip
 
 
@@ -84,12 +84,13 @@ def _row(folder: Path, title: str, ways: list[tuple[str, str]], root: Path) -> d
     found: dict[str, tuple[Cell, Cell | None]] = {}
     for strategy, other in ways:
         to = root / strategy
-        whole = run_and_save(folder, _config(folder, title, strategy), to, None)
+        divided = strategy in ("zero3", "fsdp2")
+        whole = run_and_save(folder, _config(folder, title, strategy, recompute=divided), to, None)
         rest = None
         if other:
-            rest = run_and_save(
-                folder, _config(folder, title, other), root / f"{strategy}-{other}", to / folder_name(HALF)
-            )
+            # Without: what is not computed again has to have the weights of its forward in the backward pass.
+            typed = _config(folder, title, other, recompute=False)
+            rest = run_and_save(folder, typed, root / f"{strategy}-{other}", to / folder_name(HALF))
         found[strategy] = (whole, rest)
     return found
 

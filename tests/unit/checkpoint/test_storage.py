@@ -189,3 +189,14 @@ def test_a_header_that_is_wrong(tmp_path: Path, damage) -> None:
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: cannot be read as safetensors"):
         Reader(folder, said)
+
+
+def test_a_share_of_a_copy_keeps_no_more_than_itself() -> None:
+    # As moments in 8 bits are shown: opened on the host, of a weight that is elsewhere.
+    shown = torch.arange(100_000, dtype=torch.float32)
+    shard = Shard("x", (100_000,), 0, {"weight": torch.empty(100_000, device="meta"), "exp_avg": shown}, 1, 4)
+    of_state = {part.state: part for part in parts([shard], {"x": 0})}
+    kept = of_state["exp_avg"]
+    assert 0 < kept.view.numel() < 100_000
+    assert torch.equal(kept.view, shown[kept.start : kept.start + kept.view.numel()])
+    assert kept.view.untyped_storage().nbytes() == 4 * kept.view.numel()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dtrain.trackers._plot import limits, smooth
-from dtrain.trackers.base import AbstractTracker
-from dtrain.trackers.jsonl import Jsonl
+from dtrain.trackers.base import AbstractTracker, Sample, SamplesReport
+from dtrain.trackers.jsonl import Jsonl, read_rows
 from tests.unit.trackers.reports import eval_report, samples_report, step_report
 
 KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu",
@@ -54,6 +54,15 @@ def test_samples_have_a_file_of_their_own(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert rows[0] == {"step": 1, "prompt": "a\n", "text": "b\x1b[2J", "finish": "stop", "num_tokens": 1}
     assert [(row["step"], row["num_tokens"]) for row in rows] == [(1, 1), (1, 9)]
+
+
+def test_what_a_model_wrote_ends_no_line(tmp_path: Path) -> None:
+    text = "a\u2028b\x85c"
+    tracker = started(tmp_path)
+    tracker.samples(SamplesReport(1, [Sample("p", text, "stop", 1)], 0.5))
+    tracker.finish(outcome="stopped")
+    started(tmp_path, first_step=1).finish(outcome="done")
+    assert [one["text"] for one in read_rows(tmp_path / "samples.jsonl")] == [text]
 
 
 def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from dtrain.models.virtual import widen
 from dtrain.plan.propose import configure
 from dtrain.strategies.base import Shard
 from dtrain.tuning import _adalora
+from dtrain.tuning.adalora import AdaLoRA
 from tests.contract.small import make
+from tests.unit.models.test_attention import Solo, write
 from tests.unit.tuning import table
 
 TYPED = ["model=hf", "dataset=stdlib", "train.steps=2"]
@@ -111,6 +113,8 @@ def test_what_the_model_has_not(model: Path, typed: list[str], said: Sequence[st
     (["tuning=adalora", "tuning.tfinal=3"], "tuning.final, a part of all steps"),
     (["tuning=prompt", "tuning.init=text"], "tuning.text is empty"),
     (["tuning=prompt", "tuning.text=hello"], "tuning.text=hello; give both init=text and a text"),
+    (["tuning=prompt", "tuning.init=normal", "tuning.init_from=x"], "tuning.init_from=x: the adapter says what is"),
+    (["tuning=prefix", "tuning.init=zero", "tuning.init_from=x"], "tuning.init_from=x: the adapter says what is"),
     (["tuning=prompt", "dataset.max_length=60"], "with tuning.num_virtual_tokens=20 before it more than the 64"),
     (["tuning=prefix", "tuning.encoder_hidden=4"], "tuning.encoder_hidden=4: of a network"),
     (["tuning=prefix", "tuning.projection=true", "tuning.init_from=x"], "tuning.init_from=x: a folder has what"),
@@ -240,6 +244,17 @@ def test_prompts_start_from_tokens_and_from_a_folder(model: Path, tmp_path: Path
         tuned(model, "tuning=prompt", "tuning.num_virtual_tokens=4", f"tuning.init_from={tmp_path}")
 
 
+def test_prompts_start_as_the_layers_get_tokens(tmp_path: Path) -> None:
+    # Gemma multiplies by the root of the width, 32.
+    _, bundle = tuned(write(tmp_path, "gemma3_text"), "tuning=prompt", "tuning.num_virtual_tokens=5",
+                      "model.from_scratch=true", "dataset.max_length=32")  # fmt: skip
+    hidden = bundle.embedding.shape[1]
+    table = bundle.weights.read("model.embed_tokens.weight", 0, bundle.embedding.numel()).view(-1, hidden)
+    first = bundle.weights.read("prompt_encoder.embedding.weight", 0, 5 * hidden).view(5, hidden)
+    for row in first:
+        assert (row / hidden**0.5 - table).abs().amax(1).min() < 1e-6
+
+
 def test_places_before_documents() -> None:
     # Two rows of six: documents of 2 and 3 and one place of padding; one of 6.
     tokens = torch.tensor([[1, 2, 3, 4, 5, 0], [11, 12, 13, 14, 15, 16]])
@@ -261,3 +276,27 @@ def test_ranks_that_are_left_and_those_that_go() -> None:
     assert _adalora.lowest(scores, 0).tolist() == [False] * 4
     assert _adalora.lowest(scores, 1).tolist() == [False, True, False, True]
     assert _adalora.lowest(scores, 3).tolist() == [False, True, True, True]
+
+
+def test_ranks_of_a_single_step_are_chosen_by_what_it_said() -> None:
+    how: Any = AdaLoRA(rank=3, target_rank=1)
+    layer = _adalora._Alongside(how, {"a": (2, 2)})
+    value = torch.nn.Parameter(torch.tensor([[1.0], [2.0], [3.0]]))
+    optimizer = torch.optim.SGD([value], lr=0.0)
+    layer.watch(optimizer)
+
+    def parts() -> Iterator[Shard]:
+        views = {"weight": value.detach().view(-1)} | {
+            name: optimizer.state[value][name].view(-1) for name in layer.state_names if name in optimizer.state[value]
+        }
+        yield Shard("a.lora_E.default", (3, 1), 0, views)
+
+    layer.begin(1, 1)
+    # An update that was left out has said nothing: all would be the lowest.
+    assert not layer.after(1, 1, parts, Solo())
+    assert value.flatten().tolist() == [1.0, 2.0, 3.0]
+    value.grad = torch.ones_like(value)
+    optimizer.step()
+    assert set(layer.state_names) == set(optimizer.state[value]), "a checkpoint says that it has them"
+    assert layer.after(1, 1, parts, Solo())
+    assert value.flatten().tolist() == [0.0, 0.0, 3.0]

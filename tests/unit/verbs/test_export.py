@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from dtrain.checkpoint.manifest import Parameter
 from dtrain.cli import run as dtrain
 from dtrain.runs import RunDir
+from dtrain.runs.files import write_json
 from tests.unit.checkpoint.synthetic import Tensors, describe, tensors, write
 
 SHAPES = {"embed": (50, 4), "norm": (4,), "out": (3, 5, 2)}
@@ -149,6 +150,25 @@ def test_what_is_no_source(run: RunDir, capsys, tmp_path: Path) -> None:
     text = _refused(capsys, "mine")
     assert f"{run.model}: not there, and a checkpoint lacks the model's config and tokenizer" in text
     assert not (run.path / "exports").exists()
+
+
+@pytest.mark.parametrize(("function", "said"), [
+    ("imported:make", "imported is imported only where it is allowed; if it is a package of your own, type --plugin imp"),
+    ("imported", "model.function=imported: not module:function"),
+])  # fmt: skip
+def test_a_run_has_no_package_imported_that_nobody_allowed(
+    run: RunDir, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, function: str, said: str
+) -> None:
+    (tmp_path / "imported.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run.config.write_text(json.dumps({
+        "model": {"_target_": "dtrain.models.python.Python", "function": function},
+        "tuning": {"_target_": "dtrain.tuning.freeze.Freeze", "last_layers": 1}, "run": {"seed": 0},
+    }))  # fmt: skip
+    write_json(run.manifest, {"data": {"assets": str(run.model), "dir": str(tmp_path)}})
+    write(run.checkpoints, 30, tensors(SHAPES, seed=30), base={"path": "x", "adapter": False})
+    assert said in _refused(capsys, "mine")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_fp16_cannot_hold(run: RunDir, capsys) -> None:
