@@ -95,7 +95,7 @@ class Clock:
             "cpu_s": self.cpu[last] - self.cpu[first],
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "losses": self.losses,
-            "rows": [sorted(d for tokens in step for d in _digests(tokens, job.pad_id)) for step in steps],
+            "rows": [[_digest(step, job.pad_id)] for step in steps],
         }
         Path(job.out, f"rank-{job.rank}.json").write_text(json.dumps(result))
 
@@ -109,11 +109,10 @@ class Clock:
             Path(self._job.profile).write_text(table)
 
 
-def _digests(tokens: torch.Tensor, pad_id: int) -> list[str]:
-    """Of each row without its padding."""
-    rows = tokens.detach().cpu().numpy().astype(np.int64)
-    ends = [int(np.flatnonzero(row != pad_id)[-1]) + 1 for row in rows]
-    return [hashlib.sha256(row[:end].tobytes()).hexdigest()[:16] for row, end in zip(rows, ends, strict=True)]
+def _digest(calls: list[torch.Tensor], pad_id: int) -> str:
+    """Of a step's tokens on this rank without padding, one after the other: dtrain lays its rows end to end."""
+    tokens = np.concatenate([tokens.detach().cpu().numpy().astype(np.int64).ravel() for tokens in calls])
+    return hashlib.sha256(tokens[tokens != pad_id].tobytes()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------- the bare loops: the floors
