@@ -183,8 +183,8 @@ to which. Ratios are of the two in one round.
 {table(["", "plain, GB/s", "dtrain, GB/s", "of plain"], _storage_rows(one))}
 
 - A save has digests, flushes files and folders, and renames. The plain write is flushed too.
-- A resume reads every file for its digest, and then a second time, from the page cache, to fill the shards. The plain
-  read fills memory of the same size once.
+- A resume reads headers, fills the shards of every parameter and works out the digest of every file on the way. The
+  plain read fills memory of the same size.
 - Cold: the page cache was told to forget the files before (`posix_fadvise`), and by `mincore` it {held}.
 
 ### While it trains

@@ -139,15 +139,15 @@ def _plain_read(path: Path, into: torch.Tensor) -> None:
 
 
 def _resume(folder: Path, built, comm) -> None:
-    """As the worker does: find that all is what was written, then fill this rank's shards."""
-    from dtrain.checkpoint.resume import verified
+    """As the worker does, into state that is there: fill this rank's shards, and find that all is what was written."""
+    from dtrain.checkpoint import manifest
+    from dtrain.checkpoint.restore import fill, share
     from dtrain.checkpoint.storage import Reader
 
-    reader = Reader(*verified([folder], comm, print))
-    with torch.no_grad():
-        for shard in built.strategy.shards():
-            for state, view in shard.views.items():
-                reader.read_into(shard.name, state, shard.start, view)
+    read = manifest.read(folder)
+    reader = Reader(folder, read, prove=share(read.files, comm))
+    assert fill(reader, built.strategy.shards()) == []
+    built.strategy.refresh()
     reader.close()
 
 

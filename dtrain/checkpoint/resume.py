@@ -1,9 +1,8 @@
-"""Which checkpoint a run goes on from, chosen before any worker starts and proven by all ranks. No torch here."""
+"""Which checkpoint a run goes on from, chosen before any worker starts. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from dtrain.checkpoint import manifest
 from dtrain.checkpoint.identity import differences, same_course
 from dtrain.checkpoint.manifest import Manifest
-from dtrain.checkpoint.verify import committed, digest_problems, quick_problems
+from dtrain.checkpoint.verify import committed, quick_problems
 from dtrain.config.compose import clip, nearest
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.runs import RunDir
 
 if TYPE_CHECKING:
-    from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
 
 Say = Callable[[str], None]
@@ -138,32 +136,3 @@ def _check_allow(allow: Sequence[str], keys: Sequence[str]) -> None:
     if wrong:
         raise ConfigError.of(f"resume.allow={clip(name)}: not one of the keys that decide the result"
                              f"{nearest(name, sorted(known))}" for name in wrong)  # fmt: skip
-
-
-def verified(candidates: Sequence[Path], comm: AbstractComm, note: Say) -> tuple[Path, Manifest]:
-    """The first candidate whose content is what was written; every rank reads a share of the files. Collective.
-
-    Raises CheckpointError with what is wrong with each where none is.
-    """
-    wrong: list[str] = []
-    for folder in candidates:
-        read, mine = _share(folder, comm)
-        found = list(dict.fromkeys(one for said in comm.gather(json.dumps(mine)) for one in json.loads(said)))
-        if not found:
-            assert read is not None
-            return folder, read
-        wrong += found
-        note(f"resume: passed over {folder}: {'; '.join(found[:3])}")
-    raise CheckpointError("\n".join(["no checkpoint is what was written; restore one, or remove them to start from the "
-                                     "beginning:", *(f"  {one}" for one in wrong)]))  # fmt: skip
-
-
-def _share(folder: Path, comm: AbstractComm) -> tuple[Manifest | None, list[str]]:
-    """The manifest, and what is wrong with it or with this rank's share of the files."""
-    try:
-        read = manifest.read(folder)
-    except CheckpointError as error:
-        return None, [str(error)]
-    return read, digest_problems(
-        folder, [item for i, item in enumerate(read.files.items()) if i % comm.size == comm.rank]
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
@@ -13,6 +14,7 @@ import torch
 from dtrain.checkpoint.boxes import Box, boxes, runs
 from dtrain.checkpoint.manifest import File, Manifest
 from dtrain.checkpoint.safetensors import Entry, header, read_header
+from dtrain.checkpoint.verify import CHUNK_BYTES, Digest
 from dtrain.errors import CheckpointError
 from dtrain.failpoints import reach
 from dtrain.folders import begin_flush
@@ -176,11 +178,18 @@ class _Run(NamedTuple):
 
 @final
 class Reader:
-    """Any flat range of any parameter, out of whichever files hold it. Reads no byte that is not asked for."""
+    """Any flat range of any parameter, out of whichever files hold it.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Reads the headers of all files. Raises CheckpointError where they do not hold every parameter whole."""
+    Reads no byte that is not asked for, but of the files that it is to prove: their digests are worked out on the way,
+    so that what is asked for in the order of the file is read once.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, prove: Iterable[str] = ()) -> None:
+        """Reads the headers of all files. `prove`: files whose content is to be compared with what was written, see
+        `problems`. Raises CheckpointError where they do not hold every parameter whole.
+        """
         self.folder, self.manifest = folder, manifest
+        self._digests = {file: Digest() for file in prove}
         self._files: dict[str, int] = {}
         self._runs: dict[tuple[str, str], list[_Run]] = {}
         self._blobs: dict[str, dict[str, tuple[int, int]]] = {}
@@ -249,18 +258,52 @@ class Reader:
             found[name] = bytes(raw)
         return found
 
+    def problems(self) -> list[str]:
+        """Of the files to prove, those whose content is not what was written. Reads what was not read of them yet."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            return [problem for problem in pool.map(self._problem, self._digests) if problem]
+
+    def _problem(self, file: str) -> str | None:
+        said, path = self.manifest.files[file], self.folder / file
+        try:
+            self._digest_until(file, said.bytes)
+            num_bytes = os.fstat(self._opened(file)).st_size
+        except CheckpointError as error:
+            return str(error)
+        if num_bytes != said.bytes:
+            return f"{path}: has {num_bytes:,} bytes instead of {said.bytes:,}"
+        return self._digests[file].problem(path, said)
+
+    def _digest_until(self, file: str, end: int) -> None:
+        """Read what comes before byte `end` and was not read yet, for its digest alone."""
+        digest = self._digests[file]
+        if digest.end < end:
+            room = memoryview(bytearray(min(CHUNK_BYTES, end - digest.end)))
+            while digest.end < end:
+                self._read(file, digest.end, room[: end - digest.end])
+
     def _read(self, file: str, at: int, into: memoryview) -> None:
-        path = self.folder / file
+        digest, handle = self._digests.get(file), self._opened(file)
+        if digest is not None:
+            self._digest_until(file, at)
+        while into:
+            try:
+                count = os.preadv(handle, [into if digest is None else into[:CHUNK_BYTES]], at)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / file}: cannot be read ({error.strerror})") from None
+            if count <= 0:
+                raise CheckpointError(f"{self.folder / file}: ended while it was read")
+            if digest is not None:
+                digest.take(at, into[:count])
+            at, into = at + count, into[count:]
+
+    def _opened(self, file: str) -> int:
         if file not in self._files:
             try:
-                self._files[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:  # removed by the run that it is of, perhaps
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        while into:
-            count = os.preadv(self._files[file], [into], at)
-            if count <= 0:
-                raise CheckpointError(f"{path}: ended while it was read")
-            at, into = at + count, into[count:]
+                raise CheckpointError(f"{self.folder / file}: cannot be read ({error.strerror})") from None
+        return self._files[file]
 
     def close(self) -> None:
         for handle in self._files.values():

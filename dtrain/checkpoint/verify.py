@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import final
 
 from dtrain.checkpoint import manifest
 from dtrain.checkpoint.manifest import File, Manifest, step_of
@@ -97,16 +98,37 @@ def _step_problem(folder: Path, read: Manifest) -> list[str]:
 
 
 def _digest_problem(path: Path, file: File) -> str | None:
-    import xxhash
-
-    state = xxhash.xxh3_64()
+    digest = Digest()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
         with path.open("rb", buffering=0) as opened:
             while count := opened.readinto(buffer):
-                state.update(buffer[:count])
+                digest.take(digest.end, buffer[:count])
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    if state.hexdigest() != file.xxh3:
-        return f"{path}: its content differs from what was written (xxh3 is {state.hexdigest()}, not {file.xxh3})"
-    return None
+    return digest.problem(path, file)
+
+
+@final
+class Digest:
+    """Of a file, piece by piece from its front."""
+
+    def __init__(self) -> None:
+        import xxhash
+
+        self._state = xxhash.xxh3_64()
+        self.end = 0
+        """How far it has come, in bytes."""
+
+    def take(self, at: int, piece: memoryview) -> None:
+        """What the file has from byte `at` on, which is not beyond `end`; what was taken before is not taken again."""
+        assert at <= self.end, (at, self.end)
+        new = piece[self.end - at :]
+        self._state.update(new)
+        self.end += len(new)
+
+    def problem(self, path: Path, file: File) -> str | None:
+        """What is wrong with the file at `path`, all of which was taken."""
+        found = self._state.hexdigest()
+        return None if found == file.xxh3 else (
+            f"{path}: its content differs from what was written (xxh3 is {found}, not {file.xxh3})")  # fmt: skip

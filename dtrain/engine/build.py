@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtrain.checkpoint.export import Adapter, with_frozen, write_export
 from dtrain.checkpoint.manifest import Manifest, Parameter
+from dtrain.checkpoint.restore import restore
 from dtrain.checkpoint.storage import WEIGHT, file_name
 from dtrain.checkpoint.tuned import base_of
 from dtrain.config import frozen
@@ -25,7 +27,6 @@ from dtrain.engine.proof import Proof
 from dtrain.engine.replicas import Replicas
 from dtrain.engine.samples import Sampler
 from dtrain.engine.state import State
-from dtrain.errors import CheckpointError
 from dtrain.models.base import DTYPES, AbstractWeights, Attention, LossKernel, Setting
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
@@ -59,6 +60,8 @@ class Built:
     tied: dict[str, str]
     attention: Attention
     loss: LossKernel
+    step: int
+    """Where it begins, or goes on from."""
 
     def describe(self, identity: Mapping[str, Any], made_by: Mapping[str, Any]) -> Callable[..., Manifest]:
         """What a checkpoint says of itself, as a function of state and metrics."""
@@ -124,18 +127,14 @@ class Built:
 
 
 @final
-class _FromCheckpoint(AbstractWeights):
-    """What is trained; the rest is the model's own."""
+class _Later(AbstractWeights):
+    """Zeros for what is trained, which a checkpoint is to fill; the rest is the model's own."""
 
-    def __init__(self, reader: Reader, base: AbstractWeights) -> None:
-        self._reader, self._base = reader, base
+    def __init__(self, trained: Container[str], base: AbstractWeights) -> None:
+        self._trained, self._base = trained, base
 
     def read(self, name: str, start: int, numel: int) -> torch.Tensor:
-        if name not in self._reader.manifest.parameters:
-            return self._base.read(name, start, numel)
-        out = torch.empty(numel)
-        self._reader.read_into(name, WEIGHT, start, out)
-        return out
+        return torch.zeros(1).expand(numel) if name in self._trained else self._base.read(name, start, numel)
 
 
 def build(  # noqa: PLR0913 - it is all that a run is made of
@@ -146,11 +145,13 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     assets: Path,
     rows: tuple[AbstractStore | Streams, AbstractStore],
     pad_id: int,
-    resume: Reader | None = None,
+    resume: Sequence[Path] = (),
+    note: Callable[[str], None] = print,
     cache: Path | None = None,
 ) -> Built:
-    """`config` is settled: no `auto` is left in it. `resume`: a checkpoint to go on from; `cache`: where an objective
-    may keep what it found out, beside `assets` where it is not given. Collective.
+    """`config` is settled: no `auto` is left in it. `resume`: checkpoints, of which the first that is what was written
+    is gone on from; `note` hears which were passed over. `cache`: where an objective may keep what it found out, beside
+    `assets` where it is not given. Collective.
     """
     assert config.train.precision != "auto", config.train.precision
     assert config.train.steps is not None
@@ -172,12 +173,16 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     )
     parameters = {name: Parameter(shape, (WEIGHT, *optim.state_names), bundle.export_name(name))
                   for name, shape in shapes.items() if named[name].requires_grad}  # fmt: skip
-    if resume is not None:
-        _check_fits(resume, parameters)
-        bundle = dataclasses.replace(bundle, weights=_FromCheckpoint(resume, bundle.weights))
     strategy = config.strategy.build(world, comm, optim)
-    strategy.wrap(bundle)
-    state = State() if resume is None else _restore(strategy, resume)
+    state, blobs = State(), None
+    if resume:
+        strategy.wrap(dataclasses.replace(bundle, weights=_Later(parameters, bundle.weights)))
+        with contextlib.closing(restore(resume, strategy, parameters, comm, note)) as reader:
+            state = _state(reader)
+            if reader.manifest.made_by.get("size") == comm.size:
+                blobs = reader.blobs(file_name(comm.rank))
+    else:
+        strategy.wrap(bundle)
     course = Course(
         steps=config.train.steps,
         lr=config.optim.lr,
@@ -199,13 +204,13 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
 
     def begin(say: Callable[[str], None], at: Callable[[Sequence[int]], None]) -> Before | None:
         found = around(config, bundle, strategy, comm, rows, pad_id=pad_id, cache=cache or assets.parent,
-                       resumed=resume is not None, say=say, at=at)  # fmt: skip
+                       resumed=bool(resume), say=say, at=at)  # fmt: skip
         return config.objective.begin(found)
 
     # Dropout differs between ranks, and after a change of their number between the parts of the run.
     rng.seed(config.run.seed + 1 + comm.rank + state.step * 2**20)
-    if resume is not None and resume.manifest.made_by.get("size") == comm.size:
-        rng.load(resume.blobs(file_name(comm.rank)), comm.device)
+    if blobs is not None:
+        rng.load(blobs, comm.device)
     unseen = config.strategy.unsavable() is not None
     replicas = None if unseen or not config.train.compare_every else Replicas(strategy, comm)
     proof = (
@@ -217,29 +222,12 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof,
                     alongside=bundle.alongside, sampler=sampler, replicas=replicas)  # fmt: skip
     tied = _tied(bundle.module, list(parameters))
-    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention, loss)
+    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention, loss,
+                 state.step)  # fmt: skip
 
 
-def _check_fits(reader: Reader, parameters: dict[str, Parameter]) -> None:
-    """Raises CheckpointError with every parameter that is not the checkpoint's."""
-    there = reader.manifest.parameters
-    wrong = [f"  {name}: of shape {there[name].shape if name in there else 'none'} in the checkpoint, {one.shape} here"
-             for name, one in parameters.items() if name not in there or there[name].shape != one.shape]  # fmt: skip
-    wrong += [f"  {name}: in the checkpoint, not in the model" for name in there if name not in parameters]
-    if wrong:
-        more = [f"  and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-        raise CheckpointError("\n".join([f"{reader.folder}: not of this model:", *wrong[:8], *more]))
-
-
-def _restore(strategy: AbstractStrategy, reader: Reader) -> State:
-    """Fill the optimizer's state; the weights are there. Collective."""
-    strategy.restore(reader.manifest.counters)
-    for shard in strategy.shards():
-        for name, view in shard.views.items():
-            if name != WEIGHT:
-                if name not in reader.manifest.parameters[shard.name].states:
-                    raise CheckpointError(f"{reader.folder}: has no {name} of {shard.name}: it is of another optimizer")
-                reader.read_into(shard.name, name, shard.start, view)
+def _state(reader: Reader) -> State:
+    """The engine's own."""
     state = State.from_dict(reader.manifest.progress)
     if state.stream is None:
         return state

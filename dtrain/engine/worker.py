@@ -23,7 +23,6 @@ from dtrain.runs import RunDir, die_with_parent, record_failure, redirect, spare
 
 if TYPE_CHECKING:
     from dtrain.checkpoint.saver import Saved
-    from dtrain.checkpoint.storage import Reader
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
     from dtrain.engine.build import Built
@@ -95,18 +94,15 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     plain = frozen.to_plain(config)
     trackers = FanOut(spec.build(run.path, plain, stream) for spec in config.tracker.values() if comm.rank == 0)
     passed_over: list[str] = []
-    reader = _resume(manifest, comm, passed_over)
-    built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id, resume=reader,
+    built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id,
+                  resume=[Path(one) for one in manifest.get("resume") or []], note=passed_over.append,
                   cache=Path(data["dir"]).parent)  # fmt: skip
-    first = 0 if reader is None else reader.manifest.step
-    if reader is not None:
-        reader.close()
-    trackers.start(steps=config.train.steps or 0, first_step=first, lines=[*built.lines, *passed_over])
+    trackers.start(steps=config.train.steps or 0, first_step=built.step, lines=[*built.lines, *passed_over])
     if comm.rank == 0:
         run.update_manifest(attention=dataclasses.asdict(built.attention), loss=dataclasses.asdict(built.loss))
         for line in passed_over:
             run.event("passed over", attempt=attempt, line=line)
-        run.event("training", attempt=attempt, step=first)
+        run.event("training", attempt=attempt, step=built.step)
     try:
         saving = _saving(run, attempt, built, manifest["identity"])
         result = built.engine.run([trackers, *rehearsal.stops(comm.rank, comm.size)], progress, saving,
@@ -182,18 +178,6 @@ def _shared(run: RunDir, comm: AbstractComm) -> None:
     if blind:
         raise RunError(f"run.dir: ranks {blind[:8]} do not see what rank 0 writes to {path.parent}; run.dir must be on "
                        f"a file system that all nodes share")  # fmt: skip
-
-
-def _resume(manifest: dict[str, object], comm: AbstractComm, say: list[str]) -> Reader | None:
-    """The checkpoint to go on from, read by all to see that it is what was written. Collective."""
-    from dtrain.checkpoint.resume import verified
-    from dtrain.checkpoint.storage import Reader
-
-    candidates = manifest.get("resume") or []
-    assert isinstance(candidates, list)
-    if not candidates:
-        return None
-    return Reader(*verified([Path(one) for one in candidates], comm, say.append))
 
 
 def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]) -> Saving | None:

@@ -83,7 +83,12 @@ def state_of(optimizer: torch.optim.Optimizer, param: torch.Tensor) -> Iterator[
 def make_state(
     optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor], names: Sequence[str], updates: int
 ) -> None:
-    """State as the optimizer's own after so many updates, of zeros; none before the first, as it has itself."""
+    """State as the optimizer's own after so many updates, of zeros; none before the first, as it has itself. What there
+    was before is gone.
+    """
+    params = list(params)
+    for param in params:
+        optimizer.state.pop(param, None)
     if not updates:
         return
     if isinstance(optimizer, AbstractPacked):

@@ -143,7 +143,9 @@ class _ZeRO(AbstractStrategy):
         if mapping is None:  # this rank owns nothing of it
             return None
         views = {"weight": mapping.hp_fragment.detach()}
-        views |= {key: one for key, one in (mapping.optim_fragment or {}).items() if _shaped(one, mapping.hp_fragment)}
+        if any(self._zero.optimizer.state.values()):  # else it is of a state that is gone
+            states = mapping.optim_fragment or {}
+            views |= {key: one for key, one in states.items() if _shaped(one, mapping.hp_fragment)}
         return Shard(name, tuple(param.shape), mapping.lp_fragment_address.start, views)
 
     def counters(self) -> dict[str, float]:

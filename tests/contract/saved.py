@@ -12,14 +12,10 @@ import numpy as np
 import torch
 
 from dtrain.checkpoint.manifest import Manifest
-from dtrain.checkpoint.resume import verified
 from dtrain.checkpoint.saver import Saved, Saver
-from dtrain.checkpoint.storage import Reader
-from dtrain.comm import TorchComm
 from dtrain.config.schema import Config
 from dtrain.engine.engine import Saving
 from dtrain.engine.state import Progress
-from dtrain.plan.world import World
 from dtrain.strategies.base import Shard
 from tests.contract.small import Record, make_built
 
@@ -57,10 +53,7 @@ def run(folder: Path, config: Config, root: Path, start: Path | None, *, noise: 
 
     `root`: for checkpoints. `noise`: the loss hangs on Python's and numpy's generators, as an objective's may.
     """
-    reader = None if start is None else Reader(*verified([start], TorchComm(World.from_env("cpu")), print))
-    built = make_built(folder, config, resume=reader)
-    if reader is not None:
-        reader.close()
+    built = make_built(folder, config, resume=[] if start is None else [start])
     first = copies(built.strategy.shards())
     watch = _Watch(built.engine._objective, noise=noise)
     built.engine._objective = watch.objective

@@ -204,9 +204,10 @@ def settled(typed: list[str]) -> Config:
     return validate(compose(typed).values)
 
 
-def make_built(folder: Path, typed: list[str] | Config, *, resume: Any = None, cache: Path | None = None) -> Any:
-    """dtrain's own engine for what was typed; call it on every rank. `resume`: a checkpoint's Reader; `cache`: for what
-    an objective keeps.
+def make_built(folder: Path, typed: list[str] | Config, *, resume: Sequence[Path] = (), cache: Path | None = None,
+               note: Callable[[str], None] = print) -> Any:  # fmt: skip
+    """dtrain's own engine for what was typed; call it on every rank. `resume`: checkpoints, and `note` hears which were
+    passed over; `cache`: for what an objective keeps.
     """
     from dtrain.comm import TorchComm
     from dtrain.engine.build import build
@@ -216,7 +217,7 @@ def make_built(folder: Path, typed: list[str] | Config, *, resume: Any = None, c
     world = World.from_env("cpu")
     rows = (stream_in(folder) or RowStore(folder / "train.arrow"), RowStore(folder / "eval.arrow"))
     return build(config, world, TorchComm(world), assets=folder / "model", rows=rows, pad_id=0, resume=resume,
-                 cache=cache)  # fmt: skip
+                 note=note, cache=cache)  # fmt: skip
 
 
 def train(folder: Path, typed: list[str], cache: Path | None = None) -> Trained:

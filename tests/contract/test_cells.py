@@ -58,17 +58,10 @@ def _config(folder: Path, title: str, strategy: str, *, recompute: bool) -> list
 
 def run_and_save(folder: Path, config: list[str], root: Path, start: Path | None) -> Cell:
     """Call it on every rank: trains, from the checkpoint `start` on, saves as is typed, and exports into `root`."""
-    from dtrain.checkpoint.resume import verified
     from dtrain.checkpoint.saver import Saver
-    from dtrain.checkpoint.storage import Reader
-    from dtrain.comm import TorchComm
     from dtrain.engine.engine import Saving
-    from dtrain.plan.world import World
 
-    reader = None if start is None else Reader(*verified([start], TorchComm(World.from_env("cpu")), print))
-    built, record = make_built(folder, config, resume=reader), Record()
-    if reader is not None:
-        reader.close()
+    built, record = make_built(folder, config, resume=[] if start is None else [start]), Record()
     policy = built.config.checkpoint
     root.parent.mkdir(parents=True, exist_ok=True)
     saver = Saver(root, policy, built.comm.sibling())

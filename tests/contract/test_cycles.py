@@ -14,9 +14,7 @@ import pytest
 import torch
 
 from dtrain.checkpoint.manifest import folder_name
-from dtrain.checkpoint.resume import verified
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.storage import Reader
 from dtrain.comm import TorchComm
 from dtrain.config.schema import Config
 from dtrain.engine.control import Control
@@ -46,17 +44,15 @@ def _cycles(folder: Path, config: Config, root: Path) -> Cycles:
     beside = comm.sibling()
     done = Cycles([], {}, [], [])
     for step in range(CYCLES):
-        reader = Reader(*verified([root / folder_name(step)], comm, print)) if step else None
-        built, record, control = make_built(folder, config, resume=reader), Record(), Control()
-        if reader is not None:
-            reader.close()
+        start = [root / folder_name(step)] if step else []
+        built, record, control = make_built(folder, config, resume=start), Record(), Control()
         built.engine._objective = _stopping(built.engine._objective, control)
         saving = Saving(Saver(root, config.checkpoint, beside), built.describe({}, {"size": comm.size}), every_steps=0,
                         at_end=True, stop_on_error=True)  # fmt: skip
         built.engine.run([record], Progress(), saving, control)
         done.losses += [report.loss for report in record.reports]
         done.weights = {name: full.numpy() for name, full in built.strategy.full_state()}
-        del built, reader, saving, control
+        del built, saving, control
         gc.collect()
         done.left.append(sorted(path.name for path in root.iterdir()))
         done.held.append((len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), _own_bytes()))

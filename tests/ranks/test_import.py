@@ -159,8 +159,8 @@ def test_a_run_goes_on_as_if_it_had_been_its_own(small: Path, tmp_path: Path) ->
 def _go_on(small: Path, recipe: Recipe, folder: Path) -> Trained:
     from dtrain.engine.state import Progress
 
-    reader, record = Reader(folder, manifest.read(folder)), Record()
-    built = make_built(small, overrides(small, recipe, "strategy=zero2"), resume=reader)
+    record = Record()
+    built = make_built(small, overrides(small, recipe, "strategy=zero2"), resume=[folder])
     built.engine.run([record], Progress())
     weights = {name: full.numpy() for name, full in built.strategy.full_state()}
     return Trained([r.loss for r in record.reports], [r.grad_norm for r in record.reports], weights,
