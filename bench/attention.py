@@ -51,12 +51,13 @@ def main() -> int:
     for _ in range(args.rounds):
         for length in lengths:
             for name in names:
-                busy += report.other_work()
+                others = report.Others()
                 command = [sys.executable, __file__, "--one", name, str(length)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     print(done.stderr, file=sys.stderr)
                     return 1
+                busy += others.busy
                 one = json.loads(done.stdout)
                 found.setdefault((length, name), []).append(one)
                 print(f"{length:6} {name:16} {one['s']:8.3f} s  {one['peak'] / 2**20:8.0f} MiB", flush=True)
@@ -183,7 +184,7 @@ def section(found: dict, lengths: list[int], names: list[str], rounds: int, busy
     return "\n".join([
         "## Attention over packed rows", "",
         f"{report.today()}. {_where()}; {report.versions('torch', 'transformers')}. {busy} of "
-        f"{rounds * len(lengths) * len(names)} runs began while the machine had other work.", *doubt, "",
+        f"{rounds * len(lengths) * len(names)} runs shared the machine with other work.", *doubt, "",
         "One row of eight documents, of 1/36 to 8/36 of its tokens, forward and backward through two layers of a Qwen2",
         f"of width {CONFIG['hidden_size']}; median and half spread of {rounds} interleaved rounds of one process each.",
         f"`{MASKED}` is transformers' way with a mask of the whole row. Peak memory is above what the model takes.",

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from report import cores, load, machine, other_work, table, today, versions, write_section
+from report import Others, cores, load, machine, table, today, versions, write_section
 from saves import Job
 
 SIZE, MICRO, LENGTH = 2, 1, 64
@@ -52,14 +52,16 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="dtrain-checkpoint-", dir=args.work))
     try:
         assets = make_assets(work, args)
-        busy = [other_work()]
+        others = Others()
         stored = measure("storage", args, work, assets)
+        busy = [others.busy]
         print("storage", {name: _median(seconds) for name, seconds in stored[0]["seconds"].items()}, flush=True)
         runs: dict[str, list[Ranks]] = {way: [] for way in args.ways}
         for round_ in range(args.rounds):
             for way in args.ways:
-                busy.append(other_work())
+                others = Others()
                 ranks = measure(way, args, work, assets)
+                busy.append(others.busy)
                 runs[way].append(ranks)
                 print(f"round {round_ + 1}  {way:<16}  step {_most(ranks, 'step_s'):.2f} s  waited "
                       f"{_most(ranks, 'pauses'):.3f} s  lost {_most(ranks, 'lost'):.2f} s"
@@ -170,7 +172,7 @@ def describe(stored: Ranks, runs: dict[str, list[Ranks]], busy: list[bool], args
     return f"""## Checkpoints
 
 {today()}. {machine()}; {versions("torch", "deepspeed")}. Load average at the end {load():.1f} on {cores()} cores;
-{sum(busy)} of {len(busy)} measurements began while the machine had other work.{hint}
+{sum(busy)} of {len(busy)} measurements shared the machine with other work.{hint}
 
 {num / 1e6:,.1f} M parameters in fp32 with AdamW, {SIZE} gloo ranks of one thread, one disk. A checkpoint is
 {one["bytes"] / 1e9:,.3f} GB: **{one["bytes"] / num:.3f} bytes a parameter**, against 12 of the weight and two moments.

@@ -25,20 +25,18 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from report import cores, load, machine, table, today, versions, write_section
+from report import Others, cores, load, machine, table, today, versions, write_section
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 32_000
 LENGTHS = (512, 1024, 2048, 4096)
 BATCH = 1000
 """Texts that the bare tokenizer gets at a time."""
-BUSY = 0.5
-"""Load above which other work is taken to slow things down."""
 
 
 def main() -> int:
     args = _parse()
-    busy = load() > BUSY
+    others = Others()
     work = Path(tempfile.mkdtemp(prefix="dtrain-data-", dir=args.work))
     try:
         words = _words()
@@ -49,7 +47,7 @@ def main() -> int:
             waiting(work, assets, words, args.steps),
             *([large(work, assets, words, args.gb)] if args.gb else []),
         ]
-        text = describe(sections, rough=busy)
+        text = describe(sections, rough=others.busy)
         print("\n" + text)
         if not args.dry:
             write_section("data", text)

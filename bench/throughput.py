@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 
 from loops import WAYS, Job
-from report import load, machine, other_work, spread, table, today, versions, write_section
+from report import Others, load, machine, spread, table, today, versions, write_section
 
 SIZE, MICRO, LENGTH, SEED = 2, 2, 512, 0
 LR, BETAS, WEIGHT_DECAY, GRAD_CLIP, WARMUP = 1e-3, (0.9, 0.95), 0.1, 1.0, 5
@@ -62,7 +62,7 @@ class Run:
     cpu_s: float
     peak_mb: float
     busy: bool
-    """Whether the machine had other work when it began."""
+    """Whether the machine had other work too."""
     losses: list[float]
     rows: list[list[str]]
 
@@ -190,7 +190,7 @@ def measure(way: str, args: argparse.Namespace, work: Path, assets: dict, *, pro
     job = Job(way=way, out=str(out), warmup=WARMUP, steps=args.steps, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY,
               grad_clip=GRAD_CLIP, profile=profile, **fields)  # fmt: skip
     (out / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
-    busy = other_work()
+    others = Others()
     _run_ranks(args.python.get(PEERS.get(way, ""), sys.executable), out)
     ranks = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(SIZE)]
     return Run(
@@ -198,7 +198,7 @@ def measure(way: str, args: argparse.Namespace, work: Path, assets: dict, *, pro
         step_s=ranks[0]["step_s"],
         cpu_s=sum(rank["cpu_s"] for rank in ranks),
         peak_mb=max(rank["peak_mb"] for rank in ranks),
-        busy=busy,
+        busy=others.busy,
         losses=[statistics.fmean(each) for each in zip(*(rank["losses"] for rank in ranks), strict=True)],
         rows=[sorted(chain(*each)) for each in zip(*(rank["rows"] for rank in ranks), strict=True)],
     )
@@ -259,7 +259,7 @@ def describe(runs: dict[str, list[Run]], args: argparse.Namespace) -> str:
     return f"""## Throughput
 
 {today()}. {machine()}; {versions("torch", "transformers", "deepspeed")}{_peer_versions(args)}.
-Load average at the end {load():.1f}; {num_busy} of {total} runs began while the machine had other work.{hint}
+Load average at the end {load():.1f}; {num_busy} of {total} runs shared the machine with other work.{hint}
 
 dtrain's 6 M model, packed rows of {LENGTH} tokens, fp32, {SIZE} gloo ranks of one thread, {MICRO} rows each, AdamW,
 clipping at {GRAD_CLIP:g}. Median and half spread of {args.rounds} interleaved rounds of {args.steps} steps,
