@@ -157,6 +157,7 @@ def test_a_rank_killed_in_a_save_ends_the_run_and_a_damaged_checkpoint_is_passed
     assert (
         f"resume: passed over {spoilt}: {spoilt / FILES[1]}: its content differs from what was written" in again.stdout
     )
+    assert f"resume: going on from step {older} instead" in again.stdout
     begun = [event["step"] for event in rows(run.events) if event["kind"] == "training"]
     assert begun == [0, older]
     assert figures(run) == undisturbed
