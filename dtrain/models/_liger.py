@@ -15,9 +15,9 @@ def lacks(device: torch.device, logits: Logits) -> str | None:
     """Why it cannot do this here, as far as can be told without trying; None where it may."""
     if device.type != "cuda":
         return "needs CUDA"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return None if logits.scale == 1.0 else "scales no logits"
+    if logits.scale != 1.0:  # before what could be installed, which would not help
+        return "scales no logits"
+    return None if importlib.util.find_spec("liger_kernel") is not None else "liger-kernel is not installed"
 
 
 def cross_entropy(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
@@ -90,12 +94,22 @@ def test_only_what_it_is_made_for_goes_to_it():
 
 def test_liger_is_for_cuda():
     assert choose(_head(), "auto", CPU, Solo()).line == "loss by chunks, liger: needs CUDA"
-    assert _liger.lacks(torch.device("cuda"), Logits(scale=0.5)) in (
-        "scales no logits",
-        "liger-kernel is not installed",
-    )
     for spec in (HF(path="a", loss="liger"), Tiny(loss="liger")):
         (said,) = spec.misfits("cpu")
         assert said.startswith("model.loss=liger: a kernel for CUDA, and device=cpu; ")
         assert spec.misfits("cuda") == []
     assert choose(_head(), "chunks", CPU, Solo()).name == "chunks"
+
+
+@pytest.mark.parametrize(("installed", "logits", "why"), [
+    (True, Logits(), None),
+    (True, Logits(cap=30.0), None),
+    (True, Logits(scale=0.5), "scales no logits"),
+    (False, Logits(), "liger-kernel is not installed"),
+    (False, Logits(scale=0.5), "scales no logits"),
+])  # fmt: skip
+def test_what_liger_lacks_on_cuda(installed, logits, why, monkeypatch):
+    made = ModuleType("liger_kernel")
+    made.__spec__ = ModuleSpec("liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", made if installed else None)
+    assert _liger.lacks(torch.device("cuda"), logits) == why
