@@ -222,6 +222,10 @@ class DatasetSpec(AbstractSpec):
         """How the rows are read, found by looking at the first of them, a line each. Raises DataError."""
         return []
 
+    def shapes(self) -> Sequence[type[Example]]:
+        """All that its rows can have, where they are known without looking at any; none where they are not."""
+        return ()
+
     def size(self) -> int | None:
         """Bytes of text in all of it, about, to tell how long it will take; None where nobody knows."""
         return None
@@ -271,6 +275,10 @@ class ObjectiveSpec(AbstractSpec):
 
     def outputs(self) -> Sequence[str]:
         """The names of a model's outputs, one number each, in place of its vocabulary; none for a language model."""
+        return ()
+
+    def candidates(self) -> Sequence[ObjectiveSpec]:
+        """What `resolve` may come to; none where that is known to be itself."""
         return ()
 
     def resolve(self, shape: type[Example]) -> ObjectiveSpec:

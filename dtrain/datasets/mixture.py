@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,10 @@ class Mixture(AbstractRows):
     def packages(self) -> Mapping[str, str]:
         return {_under(name, key): package for name, one in self._made[0].items()
                 for key, package in one.packages().items()}  # fmt: skip
+
+    def shapes(self) -> Sequence[type[Example]]:
+        each = [one.shapes() for one in self.parts().datasets.values()]
+        return tuple(dict.fromkeys(shape for one in each for shape in one)) if all(each) else ()
 
     def notes(self) -> list[str]:
         return [f"{name}: {note}" for name, one in self.parts().datasets.items() for note in _named(name, one.notes)]

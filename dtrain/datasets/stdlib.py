@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,9 @@ class Stdlib(AbstractRows):
     max_length: Annotated[int, Field(ge=2)] = 256
     max_files: Annotated[int, Field(ge=1)] | None = 250
     """The first so many files by name, about 4 MB; all of them, about 9 MB, when null."""
+
+    def shapes(self) -> Sequence[type[Text]]:
+        return (Text,)
 
     def examples(self) -> Iterator[Text | Skipped]:
         for name, path in self._files():

@@ -15,9 +15,24 @@ from dtrain.datasets._rows import Reading
 from dtrain.datasets._shapes import LOOKED_AT, MESSAGE_PARTS, PARTS, Shape, look
 from dtrain.datasets._values import from_json, listed
 from dtrain.datasets.badrows import BadRowError, BadRows
-from dtrain.datasets.base import AbstractRows, Example, Skipped
+from dtrain.datasets.base import (
+    AbstractRows,
+    Chat,
+    Completion,
+    Example,
+    Judged,
+    Labelled,
+    Preference,
+    Skipped,
+    Text,
+)
 from dtrain.errors import DataError
 
+_MAKES: Mapping[Shape, tuple[type[Example], ...]] = {
+    "auto": (), "text": (Text,), "completion": (Completion, Chat), "messages": (Chat,), "sharegpt": (Chat,),
+    "alpaca": (Chat,), "qa": (Chat,), "classification": (Labelled,), "preference": (Preference,), "kto": (Judged,),
+}  # fmt: skip
+"""What rows become by `shape`."""
 Found = tuple[str, dict[str, Any] | BadRowError]
 """A row's source, as `file:line`, and its values by column, or why it has none."""
 
@@ -60,6 +75,9 @@ class AbstractTable(AbstractRows):
             ),
             *(f"dataset.roles: {listed(twice)} under two roles; leave each under one" for _ in twice[:1]),
         ]
+
+    def shapes(self) -> Sequence[type[Example]]:
+        return _MAKES[self.shape]
 
     def notes(self) -> list[str]:
         found = self._look()

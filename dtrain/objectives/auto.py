@@ -34,6 +34,10 @@ class Auto(ObjectiveSpec):
     def problems(self) -> list[str]:
         return SFT(train_on=self.train_on).problems()
 
+    def candidates(self) -> Sequence[ObjectiveSpec]:
+        return (Pretrain(), SFT(train_on=self.train_on), Classify(), DPO(train_on=self.train_on),
+                KTO(train_on=self.train_on))  # fmt: skip
+
     def resolve(self, shape: type[Example]) -> ObjectiveSpec:
         if issubclass(shape, Chat | Completion):
             return SFT(train_on=self.train_on)

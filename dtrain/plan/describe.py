@@ -6,7 +6,7 @@ import dataclasses
 
 from dtrain.config.schema import Checkpoint, Config
 from dtrain.plan.memory import Memory
-from dtrain.plan.plan import Plan
+from dtrain.plan.plan import Plan, rates
 
 _COLUMNS = ("params", "grads", "optim", "gathered", "activations", "loss", "other", "total", "host")
 
@@ -49,11 +49,15 @@ def _settled(config: Config, plan: Plan) -> list[str]:
         f"strategy   {plan.strategy}, {plan.precision}{recomputed}",
         f"batch      {plan.batch.describe()}",
         f"length     {steps}, each of at most {plan.batch.global_batch * plan.length:,} tokens",
-        f"optimizer  {_name(config.optim)}, rate {plan.lr:g}, {schedule}; {clip}",
+        f"optimizer  {_name(config.optim)}, rate {_rate(plan)}, {schedule}; {clip}",
         f"eval       {_eval(config)}",
         f"saves      {_saves(config.checkpoint, plan.checkpoint_bytes)}",
         f"output     export in {dtype}; trackers {', '.join(config.tracker) or 'none'}",
     ]
+
+
+def _rate(plan: Plan) -> str:
+    return f"{plan.lr:g}" + f" ({rates(plan.other_lrs)})" * bool(plan.other_lrs)
 
 
 def _dataset(config: Config) -> str:

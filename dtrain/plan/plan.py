@@ -9,7 +9,7 @@ from typing import Literal
 
 from dtrain.config.schema import Config
 from dtrain.config.spec import ObjectiveSpec, StrategySpec
-from dtrain.errors import PlanError
+from dtrain.errors import DataError, PlanError
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.figures import Figures
 from dtrain.plan.machine import Machine
@@ -34,6 +34,8 @@ class Plan:
     figures: Figures
     batch: BatchPlan
     lr: float
+    other_lrs: Mapping[str, float]
+    """Where the objective follows from the rows, and they have not been looked at: those with another rate, by name."""
     length: int
     """Most tokens of one row."""
     memory: Mapping[str, Memory]
@@ -105,10 +107,10 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     if (why := concrete[chosen].unsavable()) is not None:
         notes.append(f"{why}, so that nothing is saved; a run that ends early starts from the first step")
     memory = {key: room.memory(one, micro) for key, one in concrete.items()}
-    lr, line = lr_of(config, config.objective)
+    lr, other_lrs, line = _lr(config)
     notes += [line] if line else []
     return Plan(
-        topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), lr,
+        topology, device, precision, chosen, figures, BatchPlan(global_batch, micro, topology.size), lr, other_lrs,
         config.dataset.max_length, memory, capacity, saved_bytes * need.num_trainable, tuple(notes),
     )  # fmt: skip
 
@@ -261,6 +263,37 @@ def lr_of(config: Config, objective: ObjectiveSpec) -> tuple[float, str]:
             line += f", times {one.lr_scale:g} for {one.group}={type(one).__name__.lower()}"
     lr = float(f"{lr:g}")  # as it is told, without what multiplying adds in the last digit
     return lr, f"optim.lr=auto takes {lr:g}: {line}"
+
+
+def _lr(config: Config) -> tuple[float, dict[str, float], str]:
+    """The learning rate; those of objectives with another one that the rows may still call for; and a line about it."""
+    left = _objectives(config)
+    if len(left) == 1:
+        lr, line = lr_of(config, left[0])
+        return lr, {}, line
+    lr, line = lr_of(config, config.objective)
+    each = {type(one).__name__.lower(): lr_of(config, one)[0] for one in left}
+    others = {name: other for name, other in each.items() if other != lr}
+    if others:
+        name = type(config.objective).__name__.lower()
+        line += f"; {rates(others)}, if the rows call for that (objective={name})"
+    return lr, others, line
+
+
+def rates(lrs: Mapping[str, float]) -> str:
+    """`1e-06 for dpo, kto`: learning rates by objective, in words."""
+    return "; ".join(f"{lr:g} for {', '.join(name for name in lrs if lrs[name] == lr)}"
+                     for lr in dict.fromkeys(lrs.values()))  # fmt: skip
+
+
+def _objectives(config: Config) -> list[ObjectiveSpec]:
+    """Those that it may come to, as far as can be told without reading the data."""
+    found = config.objective.candidates()
+    try:
+        known = [config.objective.resolve(shape) for shape in config.dataset.shapes()]
+    except DataError:  # which is told when the rows are read
+        known = []
+    return list({type(one): one for one in known or found}.values()) or [config.objective]
 
 
 def _global_batch(config: Config) -> int:

@@ -138,7 +138,7 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
     if padding := prepared.padding(batch, config.run.seed):
         say(padding)
     say(f"objective: {type(prepared.objective).__name__.lower()}")
-    if settled.optim.lr != proposal.plan.lr:
+    if settled.optim.lr != proposal.plan.lr or proposal.plan.other_lrs:
         say(lr_of(config, prepared.objective)[1])
     return prepared, settled
 

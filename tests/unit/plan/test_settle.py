@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dtrain.config import frozen
@@ -11,6 +13,7 @@ from dtrain.objectives.dpo import DPO
 from dtrain.objectives.kto import KTO
 from dtrain.objectives.orpo import ORPO
 from dtrain.objectives.pretrain import Pretrain
+from dtrain.plan.describe import describe
 from dtrain.plan.machine import Machine, peak_flops
 from dtrain.plan.plan import num_steps
 from dtrain.plan.propose import configure, propose
@@ -155,3 +158,36 @@ def test_the_rate_is_that_of_the_objective_which_the_rows_call_for(
     assert named.lr == lr
     scaled = objective.lr_scale != 1.0 and "model=tiny" not in typed and not typed[-1].startswith("optim")
     assert any(f"for objective={name}" in note for note in named.notes) == scaled
+
+
+_TRAINED = "the weights come trained"
+_EITHER = "2e-05 (1e-06 for dpo, kto)"
+_OPEN = f"{_TRAINED}; 1e-06 for dpo, kto, if the rows call for that (objective=auto)"
+
+
+@pytest.mark.parametrize(("typed", "rate", "note"), [
+    ([], _EITHER, _OPEN),
+    (["tuning=lora"], "0.0002 (1e-05 for dpo, kto)",
+     f"{_TRAINED}, times 10 for tuning=lora; 1e-05 for dpo, kto, if the rows call for that (objective=auto)"),
+    (["dataset.shape=preference"], "1e-06", f"{_TRAINED}, times 0.05 for objective=dpo"),
+    (["dataset.shape=completion"], "2e-05", _TRAINED),
+    (["dataset=stdlib"], "2e-05", _TRAINED),
+    (["dataset=stdlib", "objective.train_on=all"], _EITHER, _OPEN),  # refused when the rows are read
+    (["dataset=mixture", "dataset.sources={a:{path:a.jsonl,shape:kto},b:{path:b.jsonl,shape:kto}}"], "1e-06",
+     f"{_TRAINED}, times 0.05 for objective=kto"),
+    (["dataset=mixture", "dataset.sources={a:{path:a.jsonl,shape:kto},b:{path:b.jsonl}}"], _EITHER, _OPEN),
+    (["objective=orpo"], "5e-06", f"{_TRAINED}, times 0.25 for objective=orpo"),
+    (["model=tiny"], "0.001", "the weights are fresh"),
+    (["optim.lr=3e-4"], "0.0003", None),
+])  # fmt: skip
+def test_what_is_not_known_of_the_rate_is_said(
+    typed: list[str], rate: str, note: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("no row that could be read\n")
+    data = [] if any(text.startswith("dataset=") for text in typed) else ["dataset=files", "dataset.path=a.jsonl"]
+    found = propose(["model=qwen0_5b", "device_memory_gb=80", *data, *typed], None)
+    assert f"optimizer  adamw, rate {rate}, cosine" in describe(found.config, found.plan)
+    told = [line.partition(": ")[2] for line in found.plan.notes if line.startswith("optim.lr=auto takes ")]
+    assert told == ([] if note is None else [note])
