@@ -14,11 +14,12 @@ _COLUMNS = ("params", "grads", "optim", "gathered", "activations", "loss", "othe
 def describe(config: Config, plan: Plan) -> str:
     """Everything that the plan settled, for the screen."""
     unit = _Unit.of(plan)
+    counted = "by formula, without activations" if plan.figures.blank else "by formula"
     each = "a device has" if plan.device == "cuda" else "a rank's share is"
     lines = [
         *_settled(config, plan),
         "",
-        f"memory of a rank in {unit.name}, by formula, for micro-batches of {plan.batch.micro_batch} "
+        f"memory of a rank in {unit.name}, {counted}, for micro-batches of {plan.batch.micro_batch} "
         f"({each} {plan.capacity_bytes / unit.bytes:,.1f}):",
         *_table(plan, unit),
     ]

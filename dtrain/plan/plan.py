@@ -94,9 +94,6 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
         packed = "of a packed row too; the table below counts one document a row" * config.dataset.packing
         notes.append(f"tuning.num_virtual_tokens={virtual}: that many places come before every document, beside the "
                      f"{config.dataset.max_length} tokens of a row{', ' * bool(packed)}{packed}")  # fmt: skip
-    if figures.blank:
-        notes.append("what forward and backward need of memory is not counted, as no more is known of the network than "
-                     "its parameters; batch.micro_batch=N is yours to set")  # fmt: skip
     room = _Room(config, need, device, capacity, global_batch)
     concrete = {key: one for key, one in strategies.items()
                 if not one.candidates() and not one.misfits(topology, device)
@@ -104,6 +101,8 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     if not config.strategy.candidates():
         concrete[name] = config.strategy
     chosen, micro = _choose(config, name, concrete, room, notes)
+    if figures.blank:
+        notes.append(_uncounted(config, micro))
     if (why := concrete[chosen].unsavable()) is not None:
         notes.append(f"{why}, so that nothing is saved; a run that ends early starts from the first step")
     memory = {key: room.memory(one, micro) for key, one in concrete.items()}
@@ -191,6 +190,16 @@ def _choose(config: Config, name: str, concrete: Mapping[str, StrategySpec], roo
     raise PlanError(f"strategy={name}: none fits {room.capacity / 2**30:.1f} GiB a rank with a micro-batch of {least}: "
                     f"{'; '.join(tried)}; use more ranks, train.activation_checkpointing=true, a shorter "
                     f"dataset.max_length, or name a strategy with offload")  # fmt: skip
+
+
+def _uncounted(config: Config, micro: int) -> str:
+    """Of a network of which no more is known than its parameters: what of its memory is not in the plan."""
+    line = ("activations are not counted, as of a network of your own they are known only once it runs; what fits is "
+            "told by parameters, gradients and optimizer state alone")  # fmt: skip
+    if config.batch.micro_batch != "auto":
+        return f"{line}; `dtrain rehearse` tries batch.micro_batch={config.batch.micro_batch}"
+    return (f"{line}, and batch.micro_batch=auto takes {micro} by them; where memory runs out, set batch.micro_batch=N "
+            f"or train.on_oom=smaller_micro_batch")  # fmt: skip
 
 
 def _check_blank(config: Config, figures: Figures) -> list[str]:

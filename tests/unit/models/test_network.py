@@ -135,6 +135,12 @@ def test_refused_before_anything_starts(typed: list[str], said: str, capsys: pyt
     assert dtrain([*given, "train.steps=1"]) == 0
     out = capsys.readouterr().out
     assert "0.0 M parameters, all trained; a network of your own\n" in out
-    assert "batch.micro_batch=N is yours to set" in out
+    assert "by formula, without activations, for micro-batches of 8 (" in out
+    assert "note: activations are not counted, " in out
+    assert ", and batch.micro_batch=auto takes 8 by them; where memory runs out, set batch.micro_batch=N or " in out
+    assert dtrain([*given, "train.steps=1", "batch.micro_batch=3"]) == 0
+    out = capsys.readouterr().out
+    assert "; `dtrain rehearse` tries batch.micro_batch=3\n" in out
+    assert "micro_batch=auto" not in out
     assert dtrain([*given, "train.steps=1", *typed]) == 2
     assert said in capsys.readouterr().err
