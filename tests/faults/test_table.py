@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Sequence
+
 import pytest
 
 from tests.faults.table import ROOT, ROWS, Ran, Row, line, page, whole_names, written
+from tests.processes import run_ranks
 
 
 def test_every_row_names_its_tests_or_says_why_not() -> None:
@@ -16,6 +21,31 @@ def test_every_row_names_its_tests_or_says_why_not() -> None:
             path = prefix.partition("::")[0]
             assert (ROOT / path).is_file(), prefix
             assert whole_names([prefix.partition("[")[0]]), prefix
+
+
+def _ids(files: Sequence[str]) -> list[str]:
+    """Of all tests in these files, parameters included, as `make faults` has them."""
+    found: list[str] = []
+
+    class Collected:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            found.extend(item.nodeid for item in session.items)
+
+    os.environ["DTRAIN_FAULTS"] = "all"
+    os.chdir(ROOT)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files], plugins=[Collected()])
+    assert code == 0, code
+    return found
+
+
+def test_parameters_that_are_written_out_are_there() -> None:
+    """Collected in a process of its own, which has torch from its parent."""
+    named = [one for row in ROWS.values() for one in row.shown if "[" in one]
+    assert named
+    (found,) = run_ranks(_ids, sorted({one.partition("::")[0] for one in named}), size=1)
+    for one in named:
+        assert one in found if one.endswith("]") else any(name.startswith(one) for name in found), one
 
 
 def test_the_page_has_every_row() -> None:
