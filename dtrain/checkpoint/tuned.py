@@ -18,12 +18,25 @@ if TYPE_CHECKING:
     from dtrain.models.base import ModelBundle
 
 
-def base_of(model: object, digest: str | None, *, adapter: bool) -> dict[str, Any]:
-    """What a checkpoint says of the weights that it does not hold."""
+def base_of(model: object, digest: str | None, *, adapter: bool, start: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint says of the weights that it does not hold. `start`: `path` and `xxh3` of the adapter that its
+    losses compared with besides; None where they compared with these weights alone, or with none.
+    """
     path, revision = getattr(model, "path", None) or None, getattr(model, "revision", None)
     if path is not None and Path(path).is_dir():
         path = str(Path(path).resolve())
-    return {"path": path, "revision": revision, "xxh3": digest, "adapter": adapter}
+    return {"path": path, "revision": revision, "xxh3": digest, "adapter": adapter, "start": start}
+
+
+def compared_with(config: Mapping[str, Any]) -> str | None:
+    """The folder of the adapter with which the model was at the start, where the losses compared with it so. `config`:
+    settled, as plain data.
+    """
+    tuning, kind = config["tuning"], config["objective"].get("reference")
+    if kind == "auto":
+        without = "copy" if config["dataset"]["streaming"] else "cached"
+        kind = without if tuning.get("modules_to_save") else "adapters"
+    return (tuning.get("init_from") or None) if kind == "cached" else None
 
 
 def check_base(said: Mapping[str, Any], digest: str | None, folder: Path) -> None:

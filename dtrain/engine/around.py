@@ -62,7 +62,10 @@ def start_digest(config: Config, assets: Path) -> str:
     if not config.model.trained():
         said += [plain["model"], config.run.seed]
     state = xxhash.xxh3_128(json.dumps(said, sort_keys=True, default=str).encode())
-    for path in sorted(assets.glob("*.safetensors")) if config.model.trained() else ():
+    folders = [assets] * config.model.trained()
+    if first := plain["tuning"].get("init_from"):  # its path is in what was said, and others may be there since
+        folders.append(Path(first))
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
         size = path.stat().st_size
         state.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -16,7 +17,7 @@ from dtrain.checkpoint.export import Adapter, with_frozen, write_export
 from dtrain.checkpoint.manifest import Manifest, Parameter
 from dtrain.checkpoint.restore import restore
 from dtrain.checkpoint.storage import WEIGHT, file_name
-from dtrain.checkpoint.tuned import base_of
+from dtrain.checkpoint.tuned import base_of, compared_with
 from dtrain.config import frozen
 from dtrain.data.collate import collate
 from dtrain.data.streaming import BLOB, merged
@@ -27,6 +28,7 @@ from dtrain.engine.proof import Proof
 from dtrain.engine.replicas import Replicas
 from dtrain.engine.samples import Sampler
 from dtrain.engine.state import State
+from dtrain.models.assets import files_digest
 from dtrain.models.base import DTYPES, AbstractWeights, Attention, LossKernel, Setting
 from dtrain.plan.batch import BatchPlan
 from dtrain.plan.machine import peak_flops
@@ -34,8 +36,6 @@ from dtrain.runs.folder import utc
 from dtrain.strategies.base import AbstractStrategy, Optim
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dtrain.checkpoint.storage import Reader
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
@@ -62,6 +62,8 @@ class Built:
     loss: LossKernel
     step: int
     """Where it begins, or goes on from."""
+    start: Mapping[str, Any] | None
+    """`path` and `xxh3` of the adapter that losses compare with, beside the model; on rank 0, where there is one."""
 
     def describe(self, identity: Mapping[str, Any], made_by: Mapping[str, Any]) -> Callable[..., Manifest]:
         """What a checkpoint says of itself, as a function of state and metrics."""
@@ -84,7 +86,7 @@ class Built:
         """What is said of the weights that stay as they are; None where all are trained."""
         if len(self.parameters) == len(self.shapes):
             return None
-        return base_of(self.config.model, digest, adapter=self.bundle.adapter is not None)
+        return base_of(self.config.model, digest, adapter=self.bundle.adapter is not None, start=self.start)
 
     @property
     def lines(self) -> list[str]:
@@ -222,8 +224,15 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     engine = Engine(course, strategy, config.objective.build(), comm, rows, state=state, begin=begin, proof=proof,
                     alongside=bundle.alongside, sampler=sampler, replicas=replicas)  # fmt: skip
     tied = _tied(bundle.module, list(parameters))
-    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention, loss,
-                 state.step)  # fmt: skip
+    return Built(engine, strategy, bundle, config, comm, shapes, parameters, tied, attention, loss, state.step,
+                 _start(config) if comm.rank == 0 else None)  # fmt: skip
+
+
+def _start(config: Config) -> dict[str, Any] | None:
+    first = compared_with(frozen.to_plain(config))
+    if first is None:
+        return None
+    return {"path": str(Path(first).resolve()), "xxh3": files_digest(Path(first))}
 
 
 def _state(reader: Reader) -> State:

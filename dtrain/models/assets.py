@@ -43,11 +43,19 @@ def weights_digest(folder: Path, cache: Path, say: Callable[[str], None]) -> str
         return str(found["xxh3"])
     say(f"model: reading {sum(size for _, size, _ in stats) / 1e9:,.2f} GB of weights for their digest, by which "
         f"checkpoints name what is not trained")  # fmt: skip
+    digest = files_digest(folder)
+    write_json(kept, {"folder": str(folder), "xxh3": digest})
+    return digest
+
+
+def files_digest(folder: Path) -> str:
+    """The same, read anew."""
+    import xxhash
+
     state = xxhash.xxh3_128()
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         state.update(file.name.encode())
         with file.open("rb", buffering=0) as opened:
             while chunk := opened.read(_READ_BYTES):
                 state.update(chunk)
-    write_json(kept, {"folder": str(folder), "xxh3": state.hexdigest()})
     return state.hexdigest()

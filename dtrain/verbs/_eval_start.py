@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 from dtrain.config.spec import ModelSpec
 from dtrain.config.validate import not_allowed, validate_spec
 from dtrain.errors import ModelError
+from dtrain.runs.files import read_json
 from dtrain.verbs._eval_rows import settled
-from dtrain.verbs._model import ADAPTER, Named, folder_of, say
+from dtrain.verbs._model import ADAPTER, BASE, Named, folder_of, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,11 +28,8 @@ def start(named: Named, typed: Path | None, loaded: Loaded, plugins: Sequence[st
             raise ModelError(f"--reference {typed}: an adapter; `dtrain export {typed} --merge --to DIR` makes a whole "
                              f"model of it")  # fmt: skip
         return _stored(folder, loaded)
-    if named.run is not None and (other := _other_start(named.run)):
-        raise ModelError(f"{named.run.path}: {other}; make one model of that by `dtrain export --merge`, and say by "
-                         f"--reference DIR where it is")  # fmt: skip
     if named.base is not None:
-        return _stored(named.base, loaded)
+        return _of_adapter(named, named.base, loaded)
     if named.run is None:
         raise ModelError(f"{named.folder}: the loss compares with the model that training started from, which it does "
                          f"not name; say by --reference DIR where that is, or type objective=sft for the loss of the "
@@ -46,14 +44,26 @@ def _stored(folder: Path, loaded: Loaded) -> nn.Module:
     return load(folder, None, dtype=loaded.dtype, writes=False).scored()
 
 
-def _other_start(run: RunDir) -> str | None:
-    """Why the model that the run names is not what its losses compared with; None where it is."""
-    config = settled(run)
-    first, kind = config["tuning"].get("init_from"), config["objective"].get("reference")
-    whole = bool(config["tuning"].get("modules_to_save"))
-    if first and (kind == "cached" or (kind == "auto" and whole)):
-        return f"its losses compared with the adapter that it started from (tuning.init_from={first})"
-    return None
+def _of_adapter(named: Named, base: Path, loaded: Loaded) -> nn.Module:
+    """The model that it is for; with the adapter that it started from, where its losses compared with that."""
+    from dtrain.checkpoint.tuned import compared_with
+    from dtrain.engine.loaded import load
+    from dtrain.models.assets import files_digest
+
+    start = (read_json(named.folder / BASE) or {}).get("start")
+    if start is None and named.run is not None and (first := compared_with(settled(named.run))):
+        start = {"path": first}  # its export is older than that word
+    if start is None:
+        return _stored(base, loaded)
+    folder = Path(start["path"])
+    there = (folder / ADAPTER).is_file()
+    if not there or (start.get("xxh3") is not None and files_digest(folder) != start["xxh3"]):
+        gone = "holds other weights now" if there else "is not there any more"
+        raise ModelError(f"{named.folder}: its losses compared with the adapter that it started from, and {folder} "
+                         f"{gone}; bring it back, or make one model of it and its base by `dtrain export --merge`, and "
+                         f"say by --reference DIR where that is")  # fmt: skip
+    say(f"reference: {base} with the adapter {folder}, which training started from")
+    return load(folder, base, dtype=loaded.dtype, writes=False).scored()
 
 
 def _of_run(run: RunDir, loaded: Loaded, plugins: Sequence[str]) -> nn.Module:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from dtrain.checkpoint.manifest import folder_name
 from dtrain.data.store import RowStore
+from dtrain.models.assets import files_digest
 from dtrain.models.outputs import with_outputs
 from tests.contract.preferences import (
     LABELS,
@@ -136,6 +137,40 @@ def test_trained_weights_never_stand_for_the_reference(replies: Path, tmp_path: 
     train_ranks = run_ranks(train, replies, typed, tmp_path, size=1)
     assert len(train_ranks[0].losses) == RECIPE.steps
     assert run_ranks(_resumed, replies, typed, tmp_path, size=2) == ["", ""]
+
+
+def _continued(replies: Path, typed: list[str], folder: Path) -> list[tuple[Any, int]]:
+    """Of an adapter that goes on from another, which is another one in the end: what its export says of where it
+    started, and how many references there are by then.
+    """
+    import json
+
+    from dtrain.engine.state import Progress
+
+    first = folder / "first"
+    exported(replies, typed, first)
+    found = []
+    for kind in ("adapters", "cached", "cached", "cached"):
+        more = [f"tuning.init_from={first}", f"objective.reference={kind}"]
+        built = make_built(replies, [*typed, *more], cache=folder)
+        built.engine.run([], Progress())
+        built.export(folder / "then")
+        said = json.loads((folder / "then" / "base.json").read_text())
+        found.append((said["start"], len(list(folder.glob("reference-*")))))
+        if len(found) == 3:
+            kept = load_file(first / "adapter_model.safetensors")
+            save_file({name: value + 1 for name, value in kept.items()}, first / "adapter_model.safetensors")
+    return found
+
+
+def test_an_adapter_that_its_losses_compare_with_is_known_by_its_content(replies: Path, tmp_path: Path) -> None:
+    typed = _typed(replies, "sigmoid", "strategy=ddp", "tuning=lora", "tuning.rank=2", "train.steps=2")
+    ((none, no), before, again, after), *_ = run_ranks(_continued, replies, typed, tmp_path, size=1)
+    assert (none, no) == (None, 0), "without its adapters it is the model alone"
+    path = str((tmp_path / "first").resolve())
+    assert before == again == ({"path": path, "xxh3": before[0]["xxh3"]}, 1)
+    assert after == ({"path": path, "xxh3": files_digest(tmp_path / "first")}, 2)
+    assert before[0]["xxh3"] != after[0]["xxh3"]
 
 
 @pytest.fixture(scope="session")

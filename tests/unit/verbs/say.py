@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dtrain.models.assets import files_digest
 from tests.unit.data.fakes import CHATML, write_tokenizer
 
 VOCAB, POSITIONS = 300, 96
@@ -30,12 +31,15 @@ PLACES = 3
 """Before every document, with an adapter of a prompt method."""
 
 
-def write_adapter(folder: Path, base: Path, *, path: str | None, digest: str | None, kind: str = "lora") -> Path:
-    """As an export of `tuning=<kind>` is, with something learned in it: lora, prompt, ptuning or prefix."""
+def write_adapter(folder: Path, base: Path, *, path: str | None, digest: str | None, kind: str = "lora",
+                  seed: int = 1, start: Path | None = None) -> Path:  # fmt: skip
+    """As an export of `tuning=<kind>` is, with something learned in it: lora, prompt, ptuning or prefix. `start`: the
+    adapter that its losses compared with.
+    """
     from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     prompts = {"prompt": PromptTuningConfig, "ptuning": PromptEncoderConfig, "prefix": PrefixTuningConfig}
     config = (prompts[kind](num_virtual_tokens=PLACES, task_type="CAUSAL_LM") if kind in prompts
               else LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))  # fmt: skip
@@ -47,5 +51,7 @@ def write_adapter(folder: Path, base: Path, *, path: str | None, digest: str | N
     model.save_pretrained(folder)
     write_tokenizer(folder)
     (folder / "generation_config.json").unlink()
-    (folder / "base.json").write_text(json.dumps({"path": path, "revision": None, "xxh3": digest, "adapter": True}))
+    said = {"path": path, "revision": None, "xxh3": digest, "adapter": True}
+    said |= {"start": None if start is None else {"path": str(start), "xxh3": files_digest(start)}}
+    (folder / "base.json").write_text(json.dumps(said))
     return folder

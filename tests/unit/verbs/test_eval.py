@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,18 @@ def test_a_loss_that_compares_with_another_model(model: Path, here: Path, capsys
     out, err = _ok(capsys, adapter, *typed)
     assert f"reference: {model}" in err
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    assert float(_row(out, "a.jsonl")[2]) == pytest.approx(expected(tuned, plain), rel=1e-4, abs=1e-6)
+    then = write_adapter(here / "then", model, path=str(model), digest=digest, seed=2, start=adapter)
+    out, err = _ok(capsys, then, *typed)
+    assert f"reference: {model} with the adapter {adapter}, which training started from" in err
+    first, base = tuned, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, then)
+    assert float(_row(out, "a.jsonl")[2]) == pytest.approx(expected(tuned, first), rel=1e-4, abs=1e-6)
+    write_adapter(adapter, model, path=str(model), digest=digest, seed=3)
+    assert f"{adapter} holds other weights now; bring it back, or make one " in _refused(capsys, then, *typed)
+    shutil.rmtree(adapter)
+    assert f"{adapter} is not there any more; bring it back, or make one " in _refused(capsys, then, *typed)
+    out, _ = _ok(capsys, then, *typed, "--reference", model)
     assert float(_row(out, "a.jsonl")[2]) == pytest.approx(expected(tuned, plain), rel=1e-4, abs=1e-6)
 
 
