@@ -28,6 +28,11 @@ INTERNAL = ("node", "worker")
 OWN_HELP = ("launch", "plan", "rehearse")
 """Those whose help lists all that can be chosen."""
 
+USUAL = {"train": "launch", "run": "launch", "finetune": "launch", "fit": "launch", "resume": "launch",
+         "merge": "export", "infer": "generate", "inference": "generate", "predict": "generate", "evaluate": "eval",
+         "test": "eval", "preprocess": "data", "list": "runs", "status": "runs", "check": "doctor"}  # fmt: skip
+"""What other tools call a verb."""
+
 
 def run(argv: Sequence[str]) -> int:  # noqa: PLR0911 - one for each way to end
     """Exit code of `dtrain <argv>`: 0 done, 2 the user's input, 3 a rank failed, 75 stopped early on purpose."""
@@ -41,7 +46,7 @@ def run(argv: Sequence[str]) -> int:  # noqa: PLR0911 - one for each way to end
         return 0
     verb = argv[0]
     if verb not in verbs:
-        close = get_close_matches(verb, shown, n=1)
+        close = [USUAL[verb]] if verb in USUAL else get_close_matches(verb, shown, n=1)
         hint = f"did you mean `{close[0]}`? " if close else ""
         return report(UserError(f"{verb}: no such verb; {hint}there are: {', '.join(shown)}"))
     module = importlib.import_module(f"dtrain.verbs.{verb}")

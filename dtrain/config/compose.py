@@ -23,8 +23,13 @@ _STRUCTURE = re.compile(r"[\[\]{}()'\"$,\\]")
 
 _EITHER = (("train.steps", "train.epochs"), ("batch.global_batch", "batch.global_tokens"))
 """Two keys for one number: to type one takes back the other's default."""
-_IMPLIED = {"dataset.path": ("dataset", "files"), "dataset.sources": ("dataset", "mixture")}
+_IMPLIED = {
+    "dataset.path": ("dataset", "files"),
+    "dataset.sources": ("dataset", "mixture"),
+    "model.path": ("model", "hf"),
+}
 """Keys that are typed for one choice only: to type one chooses it, unless the group is chosen otherwise."""
+_FILE = ", or, for a file of them, FOLDER/experiment/NAME.yaml, --config-dir FOLDER experiment=NAME"
 _SHORT = {"resume": "resume.path"}
 """What may be typed for a key that stands in a section."""
 
@@ -227,7 +232,7 @@ def _prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> t
     for text in overrides:
         match = _KEY.match(text)
         if match is None or (match["rest"] is None and match["mark"] != "~"):
-            problems.append(f"{clip(text)}: not an override; write key=value")
+            problems.append(f"{clip(text)}: not an override; write key=value{_FILE * text.endswith(('.yaml', '.yml'))}")
             continue
         mark, key, value = match["mark"] or "", match["key"], (match["rest"] or "")[1:]
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):

@@ -9,12 +9,16 @@ import re
 import textwrap
 import types
 import typing
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from dtrain.config.compose import clip
+from dtrain.config.compose import choices, clip, conf_dir, group_choice
 from dtrain.config.schema import Config
-from dtrain.config.spec import AbstractSpec
+from dtrain.config.spec import GROUPS, AbstractSpec
+from dtrain.config.validate import find_spec
+from dtrain.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,13 +69,54 @@ def schema_lines(config: Config) -> list[str]:
     return lines[1:]
 
 
+def of_choice(group: str, choice: str, extra: Path | None, plugins: Sequence[str] = ()) -> dict[str, Key]:
+    """Every key of a choice, with the values of its file; it need not be chosen, nor complete. An
+    experiment has none of its own. Raises ConfigError.
+    """
+    if group not in GROUPS:
+        return {}
+    entry = group_choice(group, choice, extra)
+    cls = find_spec(entry.get("_target_"), group, plugins)
+    return _keys_of(group, cls, lambda field: entry.get(field.name, _default(field)))
+
+
+def with_key(name: str, extra: Path | None, plugins: Sequence[str] = ()) -> dict[str, Key]:
+    """The key `group.key` of each choice that has it, by the choice, those with short names first."""
+    group = name.split(".", 1)[0]
+    found = {}
+    for choice in sorted(choices(extra).get(group, []), key=len):
+        try:
+            of = of_choice(group, choice, extra, plugins)
+        except ConfigError:  # a choice of a package that is not allowed here
+            continue
+        if name in of:
+            found[choice] = of[name]
+    return found
+
+
+def group_lines(group: str, names: Sequence[str], extra: Path | None) -> list[str]:
+    """A line for each choice of a group: what the first words of its file say."""
+    width = max(map(len, names), default=0)
+    return [f"  {name:<{width}}  {_about(group, name, extra)}".rstrip() for name in names]
+
+
+def _about(group: str, choice: str, extra: Path | None) -> str:
+    path = next(path for root in (conf_dir(), extra) if root and (path := root / group / f"{choice}.yaml").is_file())
+    lines = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    said = next((line for line in lines if not line.startswith("@package")), "")
+    return clip(said)
+
+
 def _keys(path: str, value: Any) -> dict[str, Key]:
-    cls = type(value)
+    return _keys_of(path, type(value), lambda field: getattr(value, field.name))
+
+
+def _keys_of(path: str, cls: type, value: Callable[[dataclasses.Field[Any]], Any]) -> dict[str, Key]:
     docs = _docs(cls)
-    typed = {field: key for key, field in getattr(cls, "spelled", {}).items()}
-    names = [(f"{path}.{typed.get(field.name, field.name)}", field) for field in dataclasses.fields(value)]
+    typed: Mapping[str, str] = {field: key for key, field in getattr(cls, "spelled", {}).items()}
+    names = [(f"{path}.{typed.get(field.name, field.name)}", field) for field in dataclasses.fields(cls)]
     return {
-        name: Key(name, _type(cls, field.name), _default(field), getattr(value, field.name), docs.get(field.name, ""))
+        name: Key(name, _type(cls, field.name), _default(field), value(field), docs.get(field.name, ""))
         for name, field in names
     }
 

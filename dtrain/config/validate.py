@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dtrain.config.compose import clip, nearest
+from dtrain.config.compose import choices, clip, conf_dir, load_yaml, nearest
+from dtrain.config.names import NAMES
 from dtrain.config.schema import Batch, Checkpoint, Config, Eval, Export, Resume, Run, Train
 from dtrain.config.spec import GROUPS, AbstractSpec
 from dtrain.errors import ConfigError
@@ -30,7 +31,7 @@ def validate(data: Mapping[str, Any], *, plugins: Sequence[str] = (), found: Seq
     besides dtrain; from the command line, never from a file. `found`: problems met before, to be told with the rest.
     """
     keys = [*GROUPS, *SECTIONS, *_SCALARS]
-    problems = [*found, *(f"{clip(key)}: unknown key{nearest(key, keys) or '; there are: ' + ', '.join(keys)}"
+    problems = [*found, *(f"{clip(key)}: unknown key{_meant(key, keys, inside=False)}"
                           for key in data if key not in keys)]  # fmt: skip
     values: dict[str, Any] = {}
     for group in GROUPS:
@@ -197,7 +198,33 @@ def _unknown(cls: type, where: Sequence[str], fields: Sequence[str]) -> str:
     ours = getattr(cls, "elsewhere", {}).get(where[0])
     if ours:
         return f"dtrain settles this itself; use {ours}"
-    return f"unknown key{nearest(where[0], fields) or '; there are: ' + (', '.join(fields) or 'none')}"
+    if others := _others_with(where[0], getattr(cls, "group", "")):
+        few = f"{', '.join(others[:3])}{' and others' * (len(others) > 3)}"
+        return f"not a key of this choice; there is one with {cls.group}={few}"  # type: ignore[attr-defined]
+    return f"unknown key{_meant(where[0], fields)}"
+
+
+def _meant(key: str, keys: Sequence[str], *, inside: bool = True) -> str:
+    """What may have been meant by a key that is none of `keys`, those of a section where it stands `inside` of one."""
+    known = NAMES.get(str(key).lower().replace("-", "_"), "")
+    homes = " or ".join(f"{section}.{key}" for section, cls in SECTIONS.items() if key in _fields(cls))
+    near = nearest(key, keys)
+    for said in (known, near, homes) if inside else (known, homes, near):
+        if said:
+            return said if said is near else f"; here it is {said}"
+    return f"; there are: {', '.join(keys) or 'none'}"
+
+
+def _others_with(key: str, group: str) -> list[str]:
+    """Choices of dtrain's own in a group that have this key, short names first."""
+    found = []
+    for choice in choices().get(group, []):
+        try:
+            cls = find_spec(load_yaml(conf_dir() / group / f"{choice}.yaml").get("_target_"), group, ())
+        except ConfigError:
+            continue
+        found += [choice] if key in _fields(cls) else []
+    return sorted(found, key=len)
 
 
 def _reason(error: Any) -> str:

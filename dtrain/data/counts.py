@@ -10,6 +10,8 @@ HELD_OUT = "held out for eval"
 """Of a stream, which leaves these out as it comes to them."""
 CUT_OFF, CUT_OFF_LEARNED = "tokens cut off", "of these to be learned"
 
+_SOURCES = 8
+"""Up to which all are told of; of more those that lost something, where the places do not name all of it."""
 _WITHOUT_PLACE = (READ, HELD_OUT, CUT_OFF, CUT_OFF_LEARNED)
 
 
@@ -53,10 +55,14 @@ class Counts:
     def lines(self) -> list[str]:
         """For the screen."""
         found = [f"documents: {_listed(self.reasons)}"]
-        if len(self.sources) > 1:
-            shown = sorted(self.sources.items(), key=lambda one: -sum(one[1].values()))[:8]
-            found += [f"  {source}: {_listed(reasons)}" for source, reasons in shown]
-            found += [f"  and {len(self.sources) - 8:,} more sources"] if len(self.sources) > 8 else []
+        if 1 < len(self.sources) <= _SOURCES:
+            found += [f"  {source}: {_listed(reasons)}" for source, reasons in self.sources.items()]
+        elif len(self.sources) > _SOURCES:
+            lost = {source: num for source, reasons in self.sources.items() if (num := _lost(reasons))}
+            shown = sorted(lost, key=lambda source: -lost[source])[:_SOURCES]
+            unnamed = any(num > len(self.places.get(reason, ())) for reason, num in self.reasons.items()
+                          if _lost({reason: num}))  # fmt: skip
+            found += [f"  {source}: {_listed(self.sources[source])}" for source in shown if unnamed]
         for reason, places in self.places.items():
             if self.reasons[reason] > len(places):
                 found.append(f"  {reason}: first at {', '.join(places[:3])}")
@@ -70,6 +76,12 @@ class Counts:
             source = self.others
         reasons = self.sources.setdefault(source, {})
         reasons[reason] = reasons.get(reason, 0) + num
+
+
+def _lost(reasons: dict[str, int]) -> int:
+    """How many were left out or cut off, rather than only read, held out or split."""
+    kept = (*_WITHOUT_PLACE, "split")
+    return sum(num for reason, num in reasons.items() if not reason.startswith(kept))
 
 
 def _listed(reasons: dict[str, int]) -> str:

@@ -185,7 +185,7 @@ def explain(outcome: Outcome, run: RunDir) -> str:
     The last line alone names cause, rank and next command.
     """
     if outcome.kind == "done":
-        return f"done: {run.path}"
+        return f"run        {run.path}"
     if outcome.kind == "stopped" and outcome.reason == JOINED:
         return f"{JOINED}: saved at step {outcome.step}"
     if outcome.kind == "stopped":

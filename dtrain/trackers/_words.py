@@ -6,10 +6,10 @@ import math
 
 
 def count(value: float) -> str:
-    """1234567 -> 1.23M."""
+    """1234567 -> 1.23M, 2000 -> 2.00k: as wide each time, so that lines below each other stay in columns."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
+            return f"{value / limit:#.3g}".rstrip(".") + unit
     return f"{value:.3g}"
 
 

@@ -32,3 +32,11 @@ def test_what_an_experiment_chooses_stays(tmp_path):
     assert compose(["experiment=mine", "dataset.path=a"], tmp_path).chosen["dataset"] == "hub"
     (tmp_path / "experiment" / "other.yaml").write_text(text.replace("/dataset: hub", "/strategy: ddp"))
     assert compose(["experiment=other", "dataset.path=a"], tmp_path).chosen["dataset"] == "files"
+
+
+@pytest.mark.parametrize(("typed", "chosen"), [
+    (["model.path=a/b"], "hf"), (["model=llama1b", "model.path=a"], "llama1b"), (["model.hidden=64"], "tiny"),
+])  # fmt: skip
+def test_a_path_is_of_a_model_of_transformers(typed, chosen):
+    composed = compose(typed)
+    assert (composed.chosen["model"], composed.problems) == (chosen, [])

@@ -23,6 +23,16 @@ REFUSED = [
     ("_target_=os.system", "_target_: unknown key"),
     ("strategyy=zero3", "strategyy: unknown key; did you mean `strategy`?"),
     ("a=", "a: unknown key"),
+    # keys of other sections, of other choices, and of other trainers
+    ("steps=3", "steps: unknown key; here it is train.steps"),
+    ("every_steps=3", "every_steps: unknown key; here it is eval.every_steps or checkpoint.every_steps"),
+    ("learning_rate=1", "learning_rate: unknown key; here it is optim.lr"),
+    ("train.lr=1", "train.lr: unknown key; here it is optim.lr"),
+    ("Per-Device-Train-Batch-Size=1", "here it is batch.micro_batch"),
+    ("eval.steps=3", "eval.steps: unknown key; did you mean `every_steps`?"),
+    ("tuning.rank=8", "tuning.rank: not a key of this choice; there is one with tuning=lora, qlora, adalora"),
+    ("strategy.offload_optimizer=cpu", "there is one with strategy=zero1, zero2, zero3"),
+    ("model=tiny model.path=x", "there is one with model=hf, "),
     # groups
     ("strategy=zero9", "strategy=zero9: no such choice; did you mean `zero3`? (there are: auto, ddp"),
     ("+strategy=zero9", "strategy=zero9: no such choice"),
@@ -40,6 +50,7 @@ REFUSED = [
     ("model={hidden:3}", "model={hidden:3}: takes one choice"),
     # not overrides
     ("a", "a: not an override; write key=value"),
+    ("my.yaml", "write key=value, or, for a file of them, FOLDER/experiment/NAME.yaml, --config-dir FOLDER experiment=NAME"),
     ("=", "=: not an override"),
     ("=3", "=3: not an override"),
     ("{", "{: not an override"),
@@ -91,7 +102,7 @@ REFUSED = [
     ("strategy=zero3 strategy.train_batch_size=3", "dtrain settles this itself; use batch.global_batch"),
     ("strategy=zero3 strategy.gradient_clipping=3", "use train.grad_clip"),
     ("strategy=zero1 strategy.offload_param=cpu", "only for stage 3"),
-    ("strategy.stage=3", "strategy.stage: unknown key"),
+    ("strategy.stage=3", "strategy.stage: not a key of this choice"),
     # code
     ("model._target_=os.system", "only specs of dtrain are imported by name"),
     ("model._target_=builtins.exec", "only specs of dtrain are imported by name"),

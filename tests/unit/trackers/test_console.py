@@ -114,6 +114,6 @@ def test_a_terminal_gets_a_bar_that_fits_and_its_cursor_back(columns: int) -> No
 
 
 def test_words() -> None:
-    assert [count(value) for value in (7, 999, 51234, 1234567, 3e9)] == ["7", "999", "51.2k", "1.23M", "3B"]
+    assert [count(value) for value in (7, 999, 51234, 1234567, 3e9)] == ["7", "999", "51.2k", "1.23M", "3.00B"]
     assert [duration(value) for value in (3, 62, 3725, 90000)] == ["3s", "1m02s", "1h02m", "1d01h"]
     assert [size(value) for value in (2**20 * 5, 3 * 2**30)] == ["5 MiB", "3.0 GiB"]

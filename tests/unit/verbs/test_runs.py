@@ -43,7 +43,7 @@ def test_tail(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = typed(capsys, "tail", "a", "-n", "2")
     assert code == 0
     assert said.splitlines() == [
-        f"step {step}/4  loss 1.5000  grad 1.00  lr 1.00e-01  1k tok/s  1 MiB" for step in (3, 4)
+        f"step {step}/4  loss 1.5000  grad 1.00  lr 1.00e-01  1.00k tok/s  1 MiB" for step in (3, 4)
     ]
     assert typed(capsys, "tail", "a", "-n", "-1")[0] == 2
     (runs / "a" / "metrics.jsonl").unlink()
