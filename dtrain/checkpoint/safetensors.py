@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, tuple[Entry, int]]:
             if begin < 0 or end - begin != entry.num_bytes or 8 + length + end > size:
                 raise ValueError(f"{name} does not lie within it")
             found[name] = (entry, 8 + length + begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
     return found
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import torch
 
 from dtrain.checkpoint.boxes import Box, boxes, runs
-from dtrain.checkpoint.manifest import File, Manifest
+from dtrain.checkpoint.manifest import File, Manifest, Parameter
 from dtrain.checkpoint.safetensors import Entry, header, read_header
 from dtrain.checkpoint.verify import CHUNK_BYTES, Digest
 from dtrain.errors import CheckpointError
@@ -104,11 +104,22 @@ def key_of(name: str, state: str, offset: Sequence[int]) -> str:
     return f"{state}:{name}@{','.join(map(str, offset))}"
 
 
-def _parse(key: str) -> tuple[str, str, tuple[int, ...]]:
-    """Parameter, state, offset."""
+def _piece_of(key: str, entry: Entry, parameters: Mapping[str, Parameter]) -> tuple[str, str, Box] | None:
+    """Parameter, state and place of what a file has under this key; None where it is no piece of any."""
     state, _, rest = key.partition(":")
-    name, _, offset = rest.rpartition("@")
-    return name, state, tuple(int(at) for at in offset.split(",") if at)
+    name, _, said = rest.rpartition("@")
+    try:
+        box = Box(tuple(int(at) for at in said.split(",") if at), entry.shape)
+    except ValueError:
+        return None
+    parameter = parameters.get(name)
+    if parameter is None or state not in parameter.states or entry.dtype != "F32":
+        return None
+    shape = parameter.shape
+    within = len(box.offset) == len(box.sizes) == len(shape) and all(
+        0 <= first <= first + size <= whole for first, size, whole in zip(*box, shape, strict=True)
+    )
+    return (name, state, box) if within else None
 
 
 def write_file(path: Path, of: Sequence[Part], blobs: Mapping[str, bytes]) -> File:
@@ -205,13 +216,11 @@ class Reader:
             if entry.dtype == "U8":
                 blobs[key] = at, entry.num_bytes
                 continue
-            name, state, offset = _parse(key)
-            parameter = self.manifest.parameters.get(name)
-            if parameter is None or state not in parameter.states or len(offset) != len(parameter.shape) or any(
-                first + size > whole for first, size, whole in zip(offset, entry.shape, parameter.shape, strict=True)
-            ):  # fmt: skip
+            piece = _piece_of(key, entry, self.manifest.parameters)
+            if piece is None:
                 raise CheckpointError(f"{self.folder / file}: {key} is no part of a parameter of this checkpoint")
-            for start, numel in runs(parameter.shape, Box(offset, entry.shape)):
+            name, state, box = piece
+            for start, numel in runs(self.manifest.parameters[name].shape, box):
                 self._runs.setdefault((name, state), []).append(_Run(start, numel, file, at))
                 at += 4 * numel
 
@@ -270,6 +279,8 @@ class Reader:
             num_bytes = os.fstat(self._opened(file)).st_size
         except CheckpointError as error:
             return str(error)
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
         if num_bytes != said.bytes:
             return f"{path}: has {num_bytes:,} bytes instead of {said.bytes:,}"
         return self._digests[file].problem(path, said)

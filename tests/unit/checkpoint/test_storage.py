@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 from collections import Counter
@@ -110,6 +111,22 @@ def test_what_is_needed_in_order_is_read_once(tmp_path: Path, monkeypatch: pytes
             assert torch.equal(out, whole.reshape(-1)[whole.numel() // 4 :][: out.numel()])
     assert reader.problems() == []
     assert num_bytes == [read.num_bytes]
+    reader.close()
+
+
+def test_a_file_that_is_lost_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system, whose handles can go stale."""
+    folder = write(tmp_path, 1, tensors({"a": (8, 4)}), cuts=[9])
+    read = manifest.read(folder)
+    reader = Reader(folder, read, prove=[file_name(1)])
+
+    def stale(handle: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", stale)
+        (problem,) = reader.problems()
+    assert problem == f"{folder / file_name(1)}: cannot be read ({os.strerror(errno.ESTALE)})"
     reader.close()
 
 
@@ -235,6 +252,42 @@ def test_a_header_that_is_wrong(tmp_path: Path, damage) -> None:
     path = folder / file_name(0)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: cannot be read as safetensors"):
+        Reader(folder, said)
+
+
+def test_a_header_with_one_byte_changed(tmp_path: Path) -> None:
+    """Whatever it then says is refused, or told from its digest."""
+    of = tensors({"a": (4, 5), "b": (3, 1), "scale": ()}, states=["weight"])
+    folder, said = _made_of(tmp_path, of, shards(of, [6]))
+    path = folder / file_name(1)
+    raw = path.read_bytes()
+    length = 8 + int.from_bytes(raw[:8], "little")
+    torn = 0
+    for place, byte in enumerate(raw[:length]):
+        for changed in {*(byte ^ 1 << bit for bit in range(8)), *b"e-.9 I"} - {byte}:
+            path.write_bytes(raw[:place] + bytes([changed]) + raw[place + 1 :])
+            try:
+                reader = Reader(folder, said, prove=said.files)
+            except CheckpointError:
+                torn += 1
+            else:
+                assert [one.startswith(f"{path}: its content differs") for one in reader.problems()] == [True]
+                reader.close()
+    assert torn > 4 * length
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (b"weight:a@1,2", b"weight:a@1-2"), (b"weight:a@1,2", b"weight:a@-1,"), (b"[2,5]", b"[10.]"), (b"[2,5]", b"[010]"),
+    (b"[12,52]", b"[9e999]"), (b"[12,52]", b"[NaN,9]"),
+])  # fmt: skip
+def test_a_header_that_is_no_longer_of_the_checkpoint(tmp_path: Path, before: bytes, after: bytes) -> None:
+    of = tensors({"a": (4, 5)}, states=["weight"])
+    folder, said = _made_of(tmp_path, of, shards(of, [7]))
+    path = folder / file_name(1)
+    raw = path.read_bytes()
+    assert before in raw
+    path.write_bytes(raw.replace(before, after))
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors: "):
         Reader(folder, said)
 
 
