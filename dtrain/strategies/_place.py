@@ -102,15 +102,19 @@ def make_state(
         optimizer.state[param] = {"step": step, **{name: torch.zeros_like(param.detach()) for name in names}}
 
 
+START_SCALE = 2.0**16
+"""Of the loss in fp16, before anything is known of its gradients."""
+
+
 class LossScale:
     """Dynamic scale of the loss for fp16: halved on overflow, doubled after a while without (arXiv 1710.03740).
 
     It changes at the very steps at which DeepSpeed's does: by the good steps that there were before the present one.
     """
 
-    def __init__(self, *, enabled: bool, start: float = 2.0**16, grow_after: int = 1000) -> None:
+    def __init__(self, *, enabled: bool, start: float = START_SCALE, grow_after: int = 1000) -> None:
         self.value = start if enabled else 1.0
-        self._enabled = enabled
+        self._enabled, self._start = enabled, start
         self._grow_after = grow_after
         self._good = 0
 
@@ -118,8 +122,9 @@ class LossScale:
         return {"loss_scale": self.value, "good_steps": self._good} if self._enabled else {}
 
     def restore(self, counters: Mapping[str, float]) -> None:
-        if self._enabled and "loss_scale" in counters:
-            self.value, self._good = counters["loss_scale"], int(counters["good_steps"])
+        """To those of a checkpoint; of one in another precision, to the beginning."""
+        if self._enabled:
+            self.value, self._good = counters.get("loss_scale", self._start), int(counters.get("good_steps", 0))
 
     def update(self, norm: float) -> bool:
         """Told the step's gradient norm; True where a scale that was too high explains that it is not finite."""

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dtrain.models.base import DTYPES, AbstractWeights, ModelBundle
-from dtrain.strategies._place import fill, make_state, materialise, updates_of
+from dtrain.strategies._place import START_SCALE, fill, make_state, materialise, updates_of
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class _ZeRO(AbstractStrategy):
     def restore(self, counters: Mapping[str, float]) -> None:
         zero = self._zero
         make_state(zero.optimizer, self._flats(), self._optim.state_names, int(counters["updates"]))
-        if self._optim.precision == "fp16" and "loss_scale" in counters:
+        if self._optim.precision == "fp16":
             restore_scale(zero.loss_scaler, counters)
 
     def _flats(self) -> list[torch.Tensor]:
@@ -238,7 +238,7 @@ class _ZeRO(AbstractStrategy):
             "bf16": {"enabled": precision == "bf16"},
             "fp16": {  # as `LossScale`, which the other strategies follow
                 "enabled": precision == "fp16",
-                "initial_scale_power": 16,
+                "initial_scale_power": int(math.log2(START_SCALE)),
                 "loss_scale_window": 1000,
                 "hysteresis": 1,
                 "min_loss_scale": 1,
@@ -255,8 +255,9 @@ def scale_counters(scaler: Any) -> dict[str, float]:
 
 
 def restore_scale(scaler: Any, counters: Mapping[str, float]) -> None:
-    scaler.cur_scale = counters["loss_scale"]
-    scaler.last_overflow_iter = scaler.cur_iter - int(counters["good_steps"]) - 1
+    """As `LossScale.restore`."""
+    scaler.cur_scale = counters.get("loss_scale", START_SCALE)
+    scaler.last_overflow_iter = scaler.cur_iter - int(counters.get("good_steps", 0)) - 1
 
 
 def look(*, cuda: bool) -> dict[str, Any]:

@@ -97,3 +97,21 @@ def _differences(seed: int) -> list[Any]:
 @pytest.mark.parametrize("seed", range(3))
 def test_deepspeed_and_we_change_it_at_the_same_steps(seed: int) -> None:
     assert run_ranks(_differences, seed, size=1) == [[]]
+
+
+def _anew(make: Any) -> list[dict[str, float]]:
+    world = World.from_env("cpu")
+    TorchComm(world)
+    _import_deepspeed(world, on_nvme=False)
+    scale, found = make(), []
+    for counters in ({"loss_scale": 8.0, "good_steps": 3}, {"updates": 3}):
+        scale.restore(counters)
+        found.append(scale.counters())
+    return found
+
+
+@pytest.mark.parametrize("make", [_Ours, _Theirs])
+def test_a_checkpoint_in_another_precision_has_it_begin_anew(make: Any) -> None:
+    """Also where one in fp16 was tried before."""
+    eight, first = {"loss_scale": 8.0, "good_steps": 3}, {"loss_scale": 2.0**16, "good_steps": 0}
+    assert run_ranks(_anew, make, size=1) == [[eight, first]]
