@@ -4,15 +4,16 @@ it is not what was written, all ranks fill them again from the checkpoint before
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from dtrain.checkpoint import manifest
-from dtrain.checkpoint.manifest import File, Parameter
+from dtrain.checkpoint.manifest import File, Manifest, Parameter
 from dtrain.checkpoint.storage import Reader
 from dtrain.checkpoint.verify import digest_problems
 from dtrain.errors import CheckpointError
@@ -22,15 +23,24 @@ if TYPE_CHECKING:
     from dtrain.strategies.base import AbstractStrategy, Shard
 
 
+class Restored(NamedTuple):
+    manifest: Manifest
+    """Of the checkpoint that was taken."""
+    kept: dict[str, dict[str, bytes]]
+    """What ranks wrote besides their parts, of the files that were asked for."""
+
+
 def restore(
     candidates: Sequence[Path],
     strategy: AbstractStrategy,
     parameters: Mapping[str, Parameter],
+    wanted: Callable[[Manifest], Iterable[str]],
     comm: AbstractComm,
     note: Callable[[str], None],
-) -> Reader:
-    """Bring the strategy, which is wrapped, to the first of the candidates whose content is what was written; its open
-    reader. `parameters`: all that are trained. `note` hears what is passed over. Collective.
+) -> Restored:
+    """Bring the strategy, which is wrapped, to the first of the candidates whose content is what was written.
+    `parameters`: all that are trained. `wanted`: files of which what ranks keep for themselves is asked for. `note`
+    hears what is passed over. Collective.
 
     Raises CheckpointError with what is wrong with each where none is, and where the first that can be read is of
     another model or optimizer.
@@ -39,31 +49,43 @@ def restore(
     for folder in candidates:
         reader, found = _open(folder, comm)
         if reader is not None:
-            _check_fits(reader, parameters)
-            strategy.restore(reader.manifest.counters)
-            found = _all(fill(reader, strategy.shards()), comm)
+            with contextlib.closing(reader):
+                if misfit := _misfit(reader, parameters):
+                    raise CheckpointError("\n".join([*misfit, *_listed("before it, passed over:", wrong)]))
+                strategy.restore(reader.manifest.counters)
+                kept, mine = _read(reader, strategy.shards(), wanted(reader.manifest))
+                found = _all(mine, comm)
             if not found:
                 strategy.refresh()
-                return reader
-            reader.close()
+                return Restored(reader.manifest, kept)
         wrong += found
-        note(f"resume: passed over {folder}: {'; '.join(found[:3])}")
-    raise CheckpointError("\n".join(["no checkpoint is what was written; restore one, or remove them to start from the "
-                                     "beginning:", *(f"  {one}" for one in wrong)]))  # fmt: skip
+        note(f"resume: passed over {folder}: {'; '.join(_first(found, 3))}")
+    raise CheckpointError("\n".join(_listed(
+        "no checkpoint is what was written; restore one, or remove them to start from the beginning:", wrong
+    )))  # fmt: skip
 
 
-def fill(reader: Reader, shards: Iterable[Shard]) -> list[str]:
-    """Read all states of this rank's shards, and what else there is in the files that it is to prove; what is wrong
-    with them. Where something is, the shards hold no values of any meaning.
+def fill(reader: Reader, shards: Iterable[Shard]) -> None:
+    """Read all states of this rank's shards. Raises CheckpointError; the shards then hold no values of any meaning, as
+    where the reader has problems after it.
+    """
+    with torch.no_grad():
+        for shard in shards:
+            for state, view in shard.views.items():
+                reader.read_into(shard.name, state, shard.start, view)
+
+
+def _read(
+    reader: Reader, shards: Iterable[Shard], wanted: Iterable[str]
+) -> tuple[dict[str, dict[str, bytes]], list[str]]:
+    """All that this rank needs, and what else there is in the files that it is to prove: what ranks kept for
+    themselves, and what is wrong.
     """
     try:
-        with torch.no_grad():
-            for shard in shards:
-                for state, view in shard.views.items():
-                    reader.read_into(shard.name, state, shard.start, view)
+        fill(reader, shards)
+        return {file: reader.blobs(file) for file in wanted}, reader.problems()
     except CheckpointError as error:
-        return [str(error)]
-    return reader.problems()
+        return {}, [str(error)]
 
 
 def share(files: Mapping[str, File], comm: AbstractComm) -> dict[str, File]:
@@ -93,21 +115,24 @@ def _all(mine: list[str], comm: AbstractComm) -> list[str]:
     return list(dict.fromkeys(one for said in comm.gather(json.dumps(mine)) for one in json.loads(said)))
 
 
-def _check_fits(reader: Reader, parameters: Mapping[str, Parameter]) -> None:
-    """Raises CheckpointError with every parameter that is not the checkpoint's."""
+def _misfit(reader: Reader, parameters: Mapping[str, Parameter]) -> list[str]:
+    """Every parameter that is not the checkpoint's, under a title; none where all are."""
     there = reader.manifest.parameters
-    wrong = [f"  {name}: of shape {there[name].shape if name in there else 'none'} in the checkpoint, {one.shape} here"
+    wrong = [f"{name}: of shape {there[name].shape if name in there else 'none'} in the checkpoint, {one.shape} here"
              for name, one in parameters.items() if name not in there or there[name].shape != one.shape]  # fmt: skip
-    wrong += [f"  {name}: in the checkpoint, not in the model" for name in there if name not in parameters]
+    wrong += [f"{name}: in the checkpoint, not in the model" for name in there if name not in parameters]
     if wrong:
-        raise CheckpointError("\n".join([f"{reader.folder}: not of this model:", *_first(wrong)]))
+        return _listed(f"{reader.folder}: not of this model:", _first(wrong, 8))
     if reader.manifest.counters["updates"]:
-        wrong = [f"  {name}: {state} is not in the checkpoint" for name, one in parameters.items()
+        wrong = [f"{name}: {state} is not in the checkpoint" for name, one in parameters.items()
                  for state in one.states if state not in there[name].states]  # fmt: skip
-    if wrong:
-        raise CheckpointError("\n".join([f"{reader.folder}: of another optimizer:", *_first(wrong)]))
+    return _listed(f"{reader.folder}: of another optimizer:", _first(wrong, 8))
 
 
-def _first(wrong: list[str]) -> list[str]:
-    more = [f"  and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-    return [*wrong[:8], *more]
+def _listed(title: str, lines: list[str]) -> list[str]:
+    """None without lines."""
+    return [title, *(f"  {one}" for one in lines)] if lines else []
+
+
+def _first(lines: list[str], num: int) -> list[str]:
+    return [*lines[:num], *([f"and {len(lines) - num} more"] if len(lines) > num else [])]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ from dtrain.runs.folder import utc
 from dtrain.strategies.base import AbstractStrategy, Optim
 
 if TYPE_CHECKING:
-    from dtrain.checkpoint.storage import Reader
+    from dtrain.checkpoint.restore import Restored
     from dtrain.comm import AbstractComm
     from dtrain.config.schema import Config
     from dtrain.data.store import AbstractStore
@@ -179,10 +179,10 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     state, blobs = State(), None
     if resume:
         strategy.wrap(dataclasses.replace(bundle, weights=_Later(parameters, bundle.weights)))
-        with contextlib.closing(restore(resume, strategy, parameters, comm, note)) as reader:
-            state = _state(reader)
-            if reader.manifest.made_by.get("size") == comm.size:
-                blobs = reader.blobs(file_name(comm.rank))
+        restored = restore(resume, strategy, parameters, functools.partial(_wanted, comm=comm), comm, note)
+        state = _state(restored)
+        if restored.manifest.made_by.get("size") == comm.size:
+            blobs = restored.kept.get(file_name(comm.rank), {})
     else:
         strategy.wrap(bundle)
     course = Course(
@@ -235,13 +235,21 @@ def _start(config: Config) -> dict[str, Any] | None:
     return {"path": str(Path(first).resolve()), "xxh3": files_digest(Path(first))}
 
 
-def _state(reader: Reader) -> State:
+def _wanted(read: Manifest, comm: AbstractComm) -> list[str]:
+    """Files of which this rank needs what ranks kept for themselves: the state of its generators, or places in data."""
+    if State.from_dict(read.progress).stream is not None:
+        return list(read.files)
+    return [file_name(comm.rank)] if read.made_by.get("size") == comm.size else []
+
+
+def _state(restored: Restored) -> State:
     """The engine's own."""
-    state = State.from_dict(reader.manifest.progress)
+    state = State.from_dict(restored.manifest.progress)
     if state.stream is None:
         return state
-    blobs = [blob for file in reader.manifest.files if (blob := reader.blobs(file).get(BLOB))]
-    return dataclasses.replace(state, stream=merged(state.stream, blobs))
+    return dataclasses.replace(state, stream=merged(state.stream, [
+        kept[BLOB] for kept in restored.kept.values() if BLOB in kept
+    ]))  # fmt: skip
 
 
 def _tied(module: nn.Module, names: Iterable[str]) -> dict[str, str]:

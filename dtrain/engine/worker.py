@@ -94,15 +94,19 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     plain = frozen.to_plain(config)
     trackers = FanOut(spec.build(run.path, plain, stream) for spec in config.tracker.values() if comm.rank == 0)
     passed_over: list[str] = []
+
+    def note(line: str) -> None:
+        passed_over.append(line)
+        if comm.rank == 0:  # at once: what comes next may fail
+            run.event("passed over", attempt=attempt, line=line)
+
     built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id,
-                  resume=[Path(one) for one in manifest.get("resume") or []], note=passed_over.append,
+                  resume=[Path(one) for one in manifest.get("resume") or []], note=note,
                   cache=Path(data["dir"]).parent)  # fmt: skip
     instead = [f"resume: going on from step {built.step} instead"] if passed_over else []
     trackers.start(steps=config.train.steps or 0, first_step=built.step, lines=[*built.lines, *passed_over, *instead])
     if comm.rank == 0:
         run.update_manifest(attention=dataclasses.asdict(built.attention), loss=dataclasses.asdict(built.loss))
-        for line in passed_over:
-            run.event("passed over", attempt=attempt, line=line)
         run.event("training", attempt=attempt, step=built.step)
     try:
         saving = _saving(run, attempt, built, manifest["identity"])
