@@ -70,6 +70,8 @@ def run(argv: Sequence[str]) -> int:  # noqa: PLR0911 - one for each way to end
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
+        # What may be left out is no part of what is required, though argparse says so.
+        message = message.replace(", KEY=VALUE", "")
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 

@@ -102,6 +102,9 @@ def _compared(start: Start, config: Config, identity: Mapping[str, Any], say: Sa
         found = differences(read.identity, identity, same_course=course) if read.identity else []
         refused = [one for one in found if not one.allowed(config.resume.allow)]
         if refused and not kept:
+            # Of another choice in a group all keys are others: to name the group says it, and accepts it.
+            groups = {one.key for one in refused if "." not in one.key}
+            refused = [one for one in refused if one.key in groups or one.key.partition(".")[0] not in groups]
             keys = ",".join(one.key for one in refused)
             raise ConfigError(
                 f"{folder}: made with other values of what decides the result:\n"

@@ -146,6 +146,9 @@ class AbstractSpec(ABC):  # noqa: B024 - what is abstract differs by group
     elsewhere: ClassVar[Mapping[str, str]] = {}
     """Keys that a user of the library behind would look for here, and the keys of dtrain to use instead."""
 
+    by_choice: ClassVar[Mapping[str, str]] = {}
+    """Keys that a choice's file alone sets, and what to choose instead of typing them."""
+
     def problems(self) -> list[str]:
         """What is wrong with these values taken together, each as `key: value, reason, way out`; none as a rule."""
         return []

@@ -138,6 +138,7 @@ def _missing(name: str, path: Path) -> str:
         return f"dataset.path={name}: there is no folder {folder.absolute()}; correct the path"
     beside = sorted(each.name for each in folder.iterdir() if each.is_file())
     near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)
-    near = near or [each for each in beside if format_of(Path(each))][:3]
+    there = [each for each in beside if format_of(Path(each))][:3]
     hint = f"did you mean {' or '.join(near)}?" if near else "correct the path"
+    hint += f"; there are {', '.join(there)}" if there and not near else ""
     return f"dataset.path={name}: no such file in {folder.absolute()}; {hint}"

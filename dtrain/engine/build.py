@@ -97,8 +97,8 @@ class Built:
         assert isinstance(self.config.batch.global_batch, int)
         batch = BatchPlan(self.config.batch.global_batch, int(self.config.batch.micro_batch), self.comm.size)
         return [
-            f"{num / 1e6:,.1f} M parameters{of} on {self.comm.size} {self.config.device} ranks, "
-            f"{self.config.train.precision}",
+            f"{num / 1e6:,.1f} M parameters{of} on {self.comm.size} {self.config.device} "
+            f"rank{'s' * (self.comm.size > 1)}, {self.config.train.precision}",
             batch.describe(),
             self.attention.line,
             self.loss.line,

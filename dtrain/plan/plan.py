@@ -101,6 +101,9 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     if not config.strategy.candidates():
         concrete[name] = config.strategy
     chosen, micro = _choose(config, name, concrete, room, notes)
+    if tuning.keeps() and not config.model.trained():
+        notes.append(f"tuning={type(tuning).__name__.lower()}: what it leaves as it is was never trained; model.path="
+                     f"FOLDER, or a preset such as model=qwen0_5b_instruct, comes trained")  # fmt: skip
     if figures.blank:
         notes.append(_uncounted(config, micro))
     if (why := concrete[chosen].unsavable()) is not None:

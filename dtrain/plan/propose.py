@@ -11,7 +11,7 @@ from typing import Any
 
 from dtrain.config.compose import choices, compose, group_choice
 from dtrain.config.schema import Config
-from dtrain.config.spec import StrategySpec
+from dtrain.config.spec import AbstractSpec, StrategySpec
 from dtrain.config.validate import packages, validate, validate_spec
 from dtrain.errors import ConfigError, PlanError
 from dtrain.plan.machine import Machine, look
@@ -49,7 +49,21 @@ def configure(overrides: Sequence[str], config_dir: Path | None) -> tuple[Config
     problems = list(composed.problems)
     plugins = _typed_plugins(composed.values, overrides, problems)
     problems += _secrets(composed.values)
-    return validate(composed.values, plugins=plugins, found=problems), composed.chosen["strategy"]
+    config = validate(composed.values, plugins=plugins, found=problems)
+    if problems := _by_choice(config, overrides):
+        raise ConfigError.of(problems)
+    return config, composed.chosen["strategy"]
+
+
+def _by_choice(config: Config, overrides: Sequence[str]) -> list[str]:
+    """Typed keys that would make another choice of the one whose name the run keeps."""
+    found = []
+    for text in overrides:
+        group, _, key = text.lstrip("+~").partition("=")[0].partition(".")
+        part = getattr(config, group, None)
+        if isinstance(part, AbstractSpec) and key in part.by_choice:
+            found.append(f"{text}: the choice says it; type {part.by_choice[key]}")
+    return found
 
 
 def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: bool = False) -> Proposal:
@@ -61,11 +75,12 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     config = dataclasses.replace(config, template=config.template.settled(), eval=config.eval.settled())
     strategies, left_out = _strategies(config_dir, config.plugins)
     machine = config.launcher.machine(look())
+    assumed: list[str] = []
     if elsewhere and config.device == "cuda" and not machine.gpus:
-        machine = dataclasses.replace(machine, gpus=1024)
+        machine, assumed = _assumed(config, machine)
     topology = config.launcher.topology(settle_device(config, machine), machine)
     plan = make_plan(config, name, topology, machine, strategies)
-    plan = dataclasses.replace(plan, notes=(*plan.notes, *left_out))
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *assumed, *left_out))
     proposal = Proposal(config, plan, strategies, config.plugins, name, machine)
     least = config.launcher.gathering().least
     if least is None:
@@ -77,6 +92,14 @@ def propose(overrides: Sequence[str], config_dir: Path | None, *, elsewhere: boo
     note = (f"launcher.nodes: {least} to {topology.nodes} machines; with {_count(least)}: {few.batch.describe()}, "
             f"strategy {few.strategy}")  # fmt: skip
     return dataclasses.replace(proposal, plan=dataclasses.replace(plan, notes=(*plan.notes, note)))
+
+
+def _assumed(config: Config, machine: Machine) -> tuple[Machine, list[str]]:
+    """A machine with as many GPUs as are asked for; with one where that is left open, and a note that says so."""
+    many, one = (dataclasses.replace(machine, gpus=gpus) for gpus in (1024, 1))
+    if config.launcher.topology("cuda", many).procs_per_node != many.gpus:
+        return many, []
+    return one, ["planned for one GPU; launcher.procs=N is for more"]
 
 
 def _count(nodes: int) -> str:

@@ -31,6 +31,7 @@ class RunDir:
         self.config = self.path / "config.yaml"
         self.manifest = self.path / "manifest.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.evals = self.path / "eval.jsonl"
         self.events = self.path / "events.jsonl"
         self.outcome = self.path / "outcome.json"
         self.export = self.path / "export"

@@ -26,6 +26,8 @@ class RunSummary:
     step: int | None
     steps: int | None
     loss: float | None
+    eval_loss: float | None
+    """Of the last eval."""
     started: str | None
     strategy: str | None
     size: int | None
@@ -55,6 +57,7 @@ def summary(run: RunDir) -> RunSummary:
         step=last.get("step"),
         steps=manifest.get("steps"),
         loss=last.get("loss"),
+        eval_loss=(last_json(run.evals) or {}).get("loss"),
         started=manifest.get("started") or begun[0].get("started"),
         strategy=manifest.get("strategy"),
         size=manifest.get("size"),

@@ -31,8 +31,10 @@ class ZeRO(StrategySpec):
         "bf16": "train.precision=bf16",
         "fp16": "train.precision=fp16",
         "torch_autocast": "train.precision",
-        "zero_optimization": "the keys of strategy= themselves, as in strategy.stage",
+        "zero_optimization": "the keys of strategy= themselves, as in strategy.offload_optimizer",
     }
+
+    by_choice: ClassVar[Mapping[str, str]] = {"stage": "strategy=zero1, zero2 or zero3"}
 
     stage: Literal[1, 2, 3]
     offload_optimizer: Where = "none"

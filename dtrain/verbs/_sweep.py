@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dtrain.runs import RunDir
 
 LONGEST_NAME = 200
+_DONE = "done"
 
 
 def launch(combinations: list[list[str]], args: argparse.Namespace) -> int:
@@ -23,8 +24,10 @@ def launch(combinations: list[list[str]], args: argparse.Namespace) -> int:
 
     The exit code: 75 where a run was stopped, which ends the sweep; else the first that is not 0.
     """
+    from dtrain.runs.listing import summary
     from dtrain.verbs import launch as one
     from dtrain.verbs._report import report
+    from dtrain.verbs.runs import overview
 
     proposals = _propose(combinations, args.config_dir)
     names = _names(combinations, [proposal.config.run.name for proposal in proposals])
@@ -43,7 +46,10 @@ def launch(combinations: list[list[str]], args: argparse.Namespace) -> int:
             codes.append(report(error))
         if codes[-1] == one.STOPPED:
             break
-    print(f"--- {codes.count(0)} of {len(names)} runs {_became(proposals, runs, words, args)}")
+    became = _became(proposals, runs, words, args)
+    print(f"--- {codes.count(0)} of {len(names)} runs {became}")
+    if became == _DONE:
+        print("\n".join(overview([summary(run) for run in runs[: len(codes)] if run.config.is_file()])))
     for name, code in zip(names, codes, strict=False):
         if code:
             print(f"    {name}: exit code {code}")
@@ -92,7 +98,7 @@ def _became(proposals: Sequence[Proposal], runs: Sequence[RunDir], words: Sequen
     if args.dry_run:
         return "shown"
     jobs = [one.config.launcher.job(run.path, typed) for one, run, typed in zip(proposals, runs, words, strict=True)]
-    return "submitted" if any(job is not None and not job.now for job in jobs) else "done"
+    return "submitted" if any(job is not None and not job.now for job in jobs) else _DONE
 
 
 def _run(proposal: Proposal, name: str) -> RunDir:

@@ -76,9 +76,14 @@ def _ls(root: Path, *, as_json: bool) -> int:
     if not found:
         print(f"no runs in {root}")
         return 0
-    rows = [("name", "state", "step", "loss", "strategy", "ranks", "started"), *map(_row, found)]
-    print("\n".join(table(rows)))
+    print("\n".join(overview(found)))
     return 0
+
+
+def overview(runs: Sequence[RunSummary]) -> list[str]:
+    """A line for each, below their titles."""
+    titles = ("name", "state", "step", "loss", "eval", "strategy", "ranks", "started")
+    return table([titles, *map(_row, runs)])
 
 
 def _fields(one: RunSummary) -> Sequence[tuple[str, object]]:
@@ -87,8 +92,17 @@ def _fields(one: RunSummary) -> Sequence[tuple[str, object]]:
 
 def _row(one: RunSummary) -> tuple[str, ...]:
     step = "-" if one.step is None else f"{one.step}/{one.steps or '?'}"
-    loss = "-" if one.loss is None else f"{one.loss:.4f}"
-    return (one.name, one.state, step, loss, one.strategy or "-", str(one.size or "-"), (one.started or "-")[:19])
+    loss, held_out = ("-" if value is None else f"{value:.4f}" for value in (one.loss, one.eval_loss))
+    return (
+        one.name,
+        one.state,
+        step,
+        loss,
+        held_out,
+        one.strategy or "-",
+        str(one.size or "-"),
+        (one.started or "-")[:19],
+    )
 
 
 def _show(run: RunDir) -> int:

@@ -184,3 +184,14 @@ def test_older_ones_of_another_mathematics_are_no_candidates(run: RunDir, heard:
     _make(run, 5, data="before")
     newest, middle = _make(run, 20, 10)
     assert choose(run, _config(), OURS, heard) == Start((newest, middle), 20)
+
+
+def test_of_another_choice_its_keys_are_not_listed(run: RunDir, heard: _Ear) -> None:
+    _make(run, 5)
+    now = {**OURS, "optim": "a.Other", "optim.lr": 0.2, "optim.momentum": 0.9, "data": "abd"}
+    with pytest.raises(ConfigError, match=r"type 'resume.allow=\[optim,data\]'") as caught:
+        choose(run, _config(), now, heard)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == [
+        "optim: was a.AdamW, is a.Other", "data: was abc, is abd",
+    ]  # fmt: skip
+    assert choose(run, _config("resume.allow=[optim,data]"), now, heard) is not None

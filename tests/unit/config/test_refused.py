@@ -103,6 +103,8 @@ REFUSED = [
     ("strategy=zero3 strategy.gradient_clipping=3", "use train.grad_clip"),
     ("strategy=zero1 strategy.offload_param=cpu", "only for stage 3"),
     ("strategy.stage=3", "strategy.stage: not a key of this choice"),
+    ("strategy=zero3 strategy.stage=2", "strategy.stage=2: the choice says it; type strategy=zero1, zero2 or zero3"),
+    ("experiment=medical_qa dataset.sources.a.path=a", "dataset.sources: not a key of this choice; there is one with dataset=mixture"),
     # code
     ("model._target_=os.system", "only specs of dtrain are imported by name"),
     ("model._target_=builtins.exec", "only specs of dtrain are imported by name"),

@@ -153,3 +153,10 @@ def test_follow_until_it_ends(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     assert code == 75
     assert said.splitlines()[0].startswith("step 5/4  loss 1.5000")
     assert said.splitlines()[-1] == "stopped: SIGTERM: stopped after step 3"
+
+
+def test_ls_has_the_last_eval(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "a" / "eval.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 2.5}\n')
+    code, said = typed(capsys, "ls")
+    found = {row.split()[0]: row.split()[3:5] for row in said.splitlines()}
+    assert (code, found) == (0, {"name": ["loss", "eval"], "a": ["1.5000", "2.5000"], "b": ["1.5000", "-"]})
