@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 _WRITTEN = 30
 """Labels up to which the counts are written into the picture."""
+_FONT = "DejaVu Sans"
+"""What comes with matplotlib: Latin, Greek, Cyrillic, Arabic and others, and no Chinese, Japanese or Korean."""
 
 
 def draw_loss(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -79,8 +81,12 @@ def draw_confusion(found: Confusion, to: Path | BinaryIO, title: str) -> None:
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     names = [label if len(label) <= 24 else label[:23] + "…" for label in found.labels]
-    axes.set_xticks(range(num), names, rotation=45, ha="right", parse_math=False)
-    axes.set_yticks(range(num), names, parse_math=False)
+    families = fonts_for("".join(names))
+    if families is None:
+        names, families = [f"label {i}" for i in range(1, num + 1)], [_FONT]
+        title += "\nno font here has these labels: by their place in confusion.json"
+    axes.set_xticks(range(num), names, rotation=45, ha="right", family=families, parse_math=False)
+    axes.set_yticks(range(num), names, family=families, parse_math=False)
     axes.set_xlabel("chosen")
     axes.set_ylabel("label")
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
@@ -88,3 +94,22 @@ def draw_confusion(found: Confusion, to: Path | BinaryIO, title: str) -> None:
         for j, count in enumerate(row):
             axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.6 else "black")
     figure.savefig(to, format="png")
+
+
+def fonts_for(text: str) -> list[str] | None:
+    """Families that together have every character: matplotlib's own, and where it lacks some the first one installed
+    that has them all; None where there is none.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    lacks = {ord(one) for one in text} - get_font(findfont(FontProperties(family=[_FONT]))).get_charmap().keys()
+    if not lacks:
+        return [_FONT]
+    families = {one.fname: one.name for one in fontManager.ttflist if not one.name.startswith("Last Resort")}  # boxes
+    for path, family in sorted(families.items()):
+        try:
+            if lacks <= get_font(path).get_charmap().keys():
+                return [_FONT, family]
+        except (OSError, RuntimeError):  # it was removed since matplotlib listed it, or is damaged
+            continue
+    return None
