@@ -289,12 +289,12 @@ def _next_steps(run: RunDir) -> str:
     from dtrain.models.outputs import has_outputs
 
     where = shlex.quote(str(run.path))
-    curve = run.path / "loss.png"
+    pictures = {"curve": run.path / "loss.png", "confusion": run.path / "confusion.png"}
     writes = f"dtrain generate {where} --prompt '...'   (with --chat after conversations)"
     further = [f"dtrain runs show {where}"] if has_outputs(run.model) else [writes, f"dtrain runs show {where}"]
     return "\n".join([
         f"export     {run.export}",
-        *([f"curve      {curve}"] if curve.is_file() else []),
+        *(f"{name:<10} {picture}" for name, picture in pictures.items() if picture.is_file()),
         f"next       {further[0]}",
         *(f"           {one}" for one in further[1:]),
     ])  # fmt: skip
