@@ -50,7 +50,7 @@ class DeepSpeed(LauncherSpec):
     connect_timeout_s: Annotated[int, Field(ge=1, le=600)] = 10
     """After which a machine that does not answer is down."""
     env: tuple[str, ...] = ()
-    """Names of variables that are passed on too."""
+    """Names of variables that are passed on too; each must be set where the command is typed."""
     python: str | None = None
     """The interpreter of the other machines, where it is not at this one's path."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -70,6 +70,11 @@ class DeepSpeed(LauncherSpec):
     def problems(self) -> list[str]:
         found = _orders.ssh_problems(self.ssh_options, spaced=self.by == "pdsh")
         found += [f"launcher.env: {one!r}: not the name of a variable" for one in self.env if not one.isidentifier()]
+        found += [f"launcher.env: {one}: each machine has its own; leave it out" for one in self.env
+                  if one in _orders.OWN]  # fmt: skip
+        if self.by == "hand":
+            found += [f"launcher.{key}: is for machines that are called, and launcher.by=hand calls none; leave it out"
+                      for key in ("env", "python", "ssh_options", "ssh_port") if getattr(self, key)]  # fmt: skip
         if self.host != "auto" and not HOST.fullmatch(self.host):
             found.append(f"launcher.host={self.host}: neither the name nor the address of a machine")
         return found
@@ -120,6 +125,9 @@ class DeepSpeed(LauncherSpec):
         if HOSTS in os.environ or self.by == "hand":
             return ()
         hosts = self._hosts()
+        if unset := [one for one in self.env if one not in os.environ]:
+            raise ConfigError.of(f"launcher.env: {one}: is not set here, so that there is nothing to pass on; set it "
+                                 f"before (export {one}=...), or leave it out" for one in unset)  # fmt: skip
         env = _orders.passed_on(os.environ, self.env, secrets=self.by == "ssh")
         orders = _orders.Orders({host.name: None if host.whole else host.slots for host in hosts}, self._slots(hosts),
                                 str(Path.cwd()), list(launch), env, str(control))  # fmt: skip

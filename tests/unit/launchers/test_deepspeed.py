@@ -181,7 +181,9 @@ def test_an_option_of_ssh_stays_one(name: str, value: str, by: str) -> None:
 @pytest.mark.parametrize(("values", "says"), [
     ({"ssh_options": {"ProxyCommand": "x"}}, "ProxyCommand: it has ssh run a command"),
     ({"ssh_options": {"User": "a b"}, "by": "pdsh"}, "'a b' is to be of letters"), ({"env": ("A-B",)}, "launcher.env: 'A-B'"),
-    ({"host": "-x"}, "launcher.host=-x"),
+    ({"host": "-x"}, "launcher.host=-x"), ({"env": ("CUDA_VISIBLE_DEVICES",)}, "each machine has its own"),
+    ({"by": "hand", "env": ("X",)}, "launcher.env: is for machines that are called, and launcher.by=hand calls none"),
+    ({"by": "hand", "ssh_port": 22}, "launcher.ssh_port: is for machines that are called"),
 ])  # fmt: skip
 def test_what_is_refused(values: dict[str, Any], says: str) -> None:
     assert says in "\n".join(DeepSpeed(hostfile="hosts", **values).problems())
@@ -206,6 +208,16 @@ def test_secrets_are_in_no_argv_and_are_not_lost_in_silence(hostfile: str, monke
         assert name in call.left_out
         assert name not in orders.env
     assert Orders.from_json(calls(hostfile)[0].told.decode()).env["WANDB_BASE_URL"] == values["WANDB_BASE_URL"]
+
+
+def test_a_variable_that_is_not_there_is_not_passed_over(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(ConfigError) as caught:
+        calls(hostfile, env=("NO_SUCH", "EMPTY", "NOR_THIS"))
+    assert str(caught.value).splitlines() == [
+        f"launcher.env: {name}: is not set here, so that there is nothing to pass on; set it before (export {name}=...), "
+        f"or leave it out" for name in ("NO_SUCH", "NOR_THIS")]  # fmt: skip
+    assert Orders.from_json(calls(hostfile, env=("EMPTY",))[0].told.decode()).env["EMPTY"] == ""
 
 
 def test_what_is_too_long_is_told(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
