@@ -30,8 +30,10 @@ def read(path: Path) -> dict[str, int]:
             "launcher.hostfile: say where the list of machines is, a line for each, as `worker-1 slots=8`"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # an editor may have put a mark before the text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"launcher.hostfile={str(path)!r}: not text in UTF-8 ({error}); save it as that") from error
+    except (OSError, ValueError) as error:
         raise ConfigError(f"launcher.hostfile={str(path)!r}: {error}") from error
     found: dict[str, int] = {}
     problems = []

@@ -53,6 +53,17 @@ def test_a_hostfile(hostfile: str) -> None:
     assert _hosts.read(Path(hostfile)) == POOL
 
 
+def test_a_hostfile_of_another_editor(tmp_path: Path) -> None:
+    """With the mark that some write before UTF-8, and lines that end as on Windows."""
+    path = tmp_path / "hosts"
+    for first in (b"", b"# ours\r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + first + b"w-0 slots=4\r\nw-1 slots=4 # new\r\n")
+        assert _hosts.read(path) == {"w-0": 4, "w-1": 4}
+    path.write_bytes("w-0 slots=4\r\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"launcher.hostfile=.*hosts': not text in UTF-8 .*; save it as that"):
+        _hosts.read(path)
+
+
 @pytest.mark.parametrize("chosen", [
     ("", ""), ("w-1", ""), ("w-1@w-0:0,2", ""), ("w-0:1@w-0:3", ""), ("", "w-1:0"), ("", "w-0@10.0.0.3:3,1"),
     ("", "w-0:0,1,2,3"), ("w-0:2,2,0", ""),
