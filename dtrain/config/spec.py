@@ -520,6 +520,10 @@ class LauncherSpec(AbstractSpec):
         """
         return None
 
+    def of_arrays(self) -> list[str]:
+        """Values, each as `key=value`, that count only for tasks of one job; none as a rule."""
+        return []
+
 
 class TrackerSpec(AbstractSpec):
     group = "tracker"

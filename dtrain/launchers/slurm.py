@@ -156,6 +156,11 @@ class Slurm(LauncherSpec):
         return self._job(self._script({"tasks": tasks}), submit, lambda number: _follow_array(parent, number),
                          task="{job}_{place}")  # fmt: skip
 
+    def of_arrays(self) -> list[str]:
+        if self.array_parallel is None or _on_node(os.environ):  # there each task is a run by itself
+            return []
+        return [f"launcher.array_parallel={self.array_parallel}"]
+
     def _typed(self, launch: Sequence[str]) -> list[str]:
         return [self.python or ("python3" if self.container else sys.executable), "-u", "-m", "dtrain", *launch]
 

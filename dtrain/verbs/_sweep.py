@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dtrain.errors import ConfigError, DtrainError, UserError
 
 if TYPE_CHECKING:
-    from dtrain.config.spec import Job
+    from dtrain.config.spec import Job, LauncherSpec
     from dtrain.plan.propose import Proposal
     from dtrain.runs import RunDir
 
@@ -62,10 +62,19 @@ def _array(proposals: Sequence[Proposal], runs: Sequence[RunDir], words: Sequenc
     if len(runs) < 2:
         return None
     job = launchers[0].array([(run.path, typed) for run, typed in zip(runs, words, strict=True)])
-    if job is not None and any(launcher != launchers[0] for launcher in launchers):
+    if job is None:
+        check_no_array(launchers, "here the runs are started one after the other; leave it out")
+    elif any(launcher != launchers[0] for launcher in launchers):
+        check_no_array(launchers, "runs that differ in keys of launcher are jobs of their own; leave it out")
         print("the runs ask for different jobs, by what is swept of launcher: one is submitted for each", flush=True)
         return None
     return job
+
+
+def check_no_array(launchers: Sequence[LauncherSpec], why: str) -> None:
+    """Raises ConfigError with the values that say something of tasks of one job, where there is none."""
+    if values := dict.fromkeys(value for launcher in launchers for value in launcher.of_arrays()):
+        raise ConfigError.of(f"{value}: is of a sweep that is one job, and {why}" for value in values)
 
 
 def _as_tasks(job: Job, proposals: Sequence[Proposal], runs: Sequence[RunDir], typed: Sequence[list[str]],

@@ -53,11 +53,13 @@ def launch(overrides: list[str], args: argparse.Namespace) -> int:
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
     from dtrain.runs import RunDir
-    from dtrain.verbs import _afar, _nodes, _submit, _told
+    from dtrain.verbs import _afar, _nodes, _submit, _sweep, _told
 
     proposal = propose(overrides, args.config_dir)
     config, plan = proposal.config, proposal.plan
     run = RunDir(Path(config.run.dir) / config.run.name)
+    if not args.multirun:
+        _sweep.check_no_array([config.launcher], "this is one run; add -m and several values, or leave it out")
     if config.launcher.calls(words(overrides, args), run.nodes):
         return (_afar.show if args.dry_run else _afar.launch)(run, proposal, words(overrides, args))
     job = config.launcher.job(run.path, words(overrides, args))

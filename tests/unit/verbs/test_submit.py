@@ -90,6 +90,28 @@ def test_runs_that_ask_for_different_jobs_are_submitted_by_themselves(
     assert "--- 2 of 2 runs submitted" in said
 
 
+@pytest.mark.parametrize(("typed", "says"), [
+    ([], "this is one run; add -m and several values"),
+    (["-m", "launcher.nodes=2,3"], "runs that differ in keys of launcher are jobs of their own"),
+    (["-m", "train.steps=40,80"], "here the runs are started one after the other"),
+])  # fmt: skip
+def test_a_number_of_tasks_is_not_passed_over_where_there_are_none(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: list[str], says: str
+) -> None:
+    if "one after the other" in says:
+        monkeypatch.setenv("SLURM_JOB_ID", "5")
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert cli.run([*TYPED, *typed, "launcher.array_parallel=4"]) == 2
+    assert f"launcher.array_parallel=4: is of a sweep that is one job, and {says}" in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+def test_a_sweep_of_one_run_may_have_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which keeps to it; and so does each task of an array, which is typed without -m on its node."""
+    assert cli.run([*TYPED, "-m", "train.steps=40", "launcher.array_parallel=4"]) == 0
+    assert "submitted  job 17;" in capsys.readouterr().out
+
+
 def test_a_dry_run_of_a_sweep_shows_its_one_script(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*TYPED, "-m", "train.steps=40,80", "--dry-run"]) == 0
     said = capsys.readouterr().out
