@@ -240,7 +240,8 @@ _here: list[tuple[Encoder, TextTokenizer]] = []
 
 def _begin(encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for each core is there already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    for signum in (signal.SIGINT, signal.SIGUSR1):  # a terminal's and Slurm's go to all; they are for the parent
+        signal.signal(signum, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -25,7 +25,7 @@ from typing import TextIO
 from dtrain.config.spec import Call
 from dtrain.errors import RunError, UserError
 from dtrain.launchers._orders import HOSTS, Orders
-from dtrain.launchers.supervise import SAME_PRESS_S
+from dtrain.launchers.supervise import SAME_PRESS_S, caught
 from dtrain.runs import RunDir, die_with_parent
 from dtrain.runs.files import read_json, write_json
 from dtrain.runs.hints import hint_of
@@ -188,6 +188,7 @@ class _Head:
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Only takes note: the loop acts."""
+        signum = signal.SIGTERM if signum == signal.SIGHUP else signum
         now = time.monotonic()
         firm = any(one != signal.SIGUSR1 for one in self._signals)
         if self._signals and (signum == signal.SIGUSR1 or (firm and now - self._told_at <= SAME_PRESS_S)):
@@ -371,10 +372,5 @@ def see_through(control: Path, calls: Sequence[Call], say: Callable[[str], None]
     RunError with the machines that could not be started; the others are told to stop. To be called in the main thread.
     """
     head = _Head(control, calls, say)
-    before: Mapping[int, object] = {one: signal.signal(one, head.on_signal)
-                                    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}  # fmt: skip
-    try:
+    with caught(head.on_signal):
         return head.run()
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)  # type: ignore[arg-type]

@@ -112,7 +112,7 @@ def _timed(command: Command, deadline: float | None) -> Command:
 
 
 def _see_through(job: _Job) -> _Job:
-    with _caught(job.on_signal):
+    with caught(job.on_signal):
         try:
             job.start()
             job.wait()
@@ -141,7 +141,8 @@ def _to_stderr(line: str) -> None:
 
 
 @contextmanager
-def _caught(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def caught(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM, SIGUSR1 and, but under nohup, SIGHUP are for `handler`. To be called in the main thread."""
     before = {}
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:

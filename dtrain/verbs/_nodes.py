@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from dtrain.launchers.muster import Follower, Leader
     from dtrain.plan.propose import Proposal
     from dtrain.runs import RunDir
+    from dtrain.verbs._told import Wish
 
 
-def launch(run: RunDir, proposal: Proposal) -> int:
+def launch(run: RunDir, proposal: Proposal, wish: Wish) -> int:
     """Until the run's end; returns its exit code, on every machine."""
     from dtrain.config import frozen
     from dtrain.errors import ConfigError
@@ -32,7 +33,7 @@ def launch(run: RunDir, proposal: Proposal) -> int:
     while code is None:
         with muster.enter(run, gathering, nodes, digest, _say) as team:
             if isinstance(team, muster.Leader):
-                code = _lead(run, proposal, team)
+                code = _lead(run, proposal, team, wish)
                 if code is None:
                     team.send_back()
                 else:
@@ -42,16 +43,16 @@ def launch(run: RunDir, proposal: Proposal) -> int:
     return code
 
 
-def _lead(run: RunDir, proposal: Proposal, leader: Leader) -> int | None:
+def _lead(run: RunDir, proposal: Proposal, leader: Leader, wish: Wish) -> int | None:
     """The run's exit code; None where it is to be started again."""
     from dtrain.plan.describe import describe
     from dtrain.verbs import _restart, launch
 
     print(describe(proposal.config, proposal.plan), flush=True)
     _say(f"{host_name()} leads")
-    with run.beating():
+    with wish.watching(), run.beating():
         prepared, settled = launch.prepare_all(proposal)
-    outcome = launch.train(run, proposal, prepared, settled, leader)
+    outcome = launch.train(run, proposal, prepared, settled, wish, leader)
     code = launch.tell(outcome, run, settled)
     return None if _restart.again(run, outcome, settled, _say) else code
 

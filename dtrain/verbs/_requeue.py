@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,11 +16,31 @@ FAILURES = ("worker", "hang", "storage", "lost", "launcher")
 
 def forget(run: RunDir) -> None:
     """Remove what was asked of an earlier start; what the script of this one has asked stays."""
-    batch = os.environ.get("DTRAIN_BATCH")
     run.joined.unlink(missing_ok=True)
     for path in (run.stop_trigger, run.requeue):
-        if batch is None or not path.is_file() or path.read_text(encoding="utf-8").strip() != batch:
+        if not is_of_this_start(path):
             path.unlink(missing_ok=True)
+
+
+def is_of_this_start(path: Path) -> bool:
+    """Whether a file was made by the batch script that has started this, or for it."""
+    batch = os.environ.get("DTRAIN_BATCH")
+    try:
+        return batch is not None and path.read_text(encoding="utf-8").strip() == batch
+    except FileNotFoundError:
+        return False
+
+
+def ask(run: RunDir) -> bool:
+    """Ask the batch script for another start; False where none has started this, or the disk takes no file."""
+    batch = os.environ.get("DTRAIN_BATCH")
+    if batch is None:
+        return False
+    try:
+        run.requeue.write_text(batch + "\n", encoding="utf-8")
+    except OSError:
+        return False
+    return True
 
 
 def decide(run: RunDir, outcome: Outcome, max_restarts: int, say: Callable[[str], None]) -> None:

@@ -94,14 +94,12 @@ def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callab
 @contextmanager
 def _told() -> Iterator[list[int]]:
     """The signals that come meanwhile."""
+    from dtrain.launchers.supervise import caught
+
     told: list[int] = []
 
     def take(signum: int, frame: FrameType | None) -> None:
         told.append(signum)
 
-    before = {signum: signal.signal(signum, take) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with caught(take):
         yield told
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)

@@ -77,6 +77,8 @@ def _hand_over(argv: list[str]) -> str:
 
 def _run(argv: list[str]) -> int:
     """Run the script here; the first signal has the run save and end, by the script's own trap, another one ends it."""
+    from dtrain.launchers.supervise import caught
+
     process = subprocess.Popen(argv, start_new_session=True)
     told: list[int] = []
 
@@ -87,9 +89,5 @@ def _run(argv: list[str]) -> int:
         else:
             os.killpg(process.pid, signal.SIGTERM)
 
-    before = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with caught(on_signal):
         return process.wait()
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dtrain.launchers.muster import Leader
     from dtrain.plan.propose import Proposal
     from dtrain.runs import Outcome, RunDir
+    from dtrain.verbs._told import Wish
 
 
 STOPPED = 75
@@ -50,39 +51,44 @@ def run(args: argparse.Namespace) -> int:
 
 def launch(overrides: list[str], args: argparse.Namespace) -> int:
     """One run, from what was typed to its exit code; or to the job that will do that."""
+    from dtrain.verbs import _told
+
+    with _told.heeded() as wish:
+        return _launch(overrides, args, wish)
+
+
+def _launch(overrides: list[str], args: argparse.Namespace, wish: Wish) -> int:
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
     from dtrain.runs import RunDir
-    from dtrain.verbs import _afar, _nodes, _submit, _sweep, _told
+    from dtrain.verbs import _afar, _nodes, _submit, _sweep
 
     proposal = propose(overrides, args.config_dir)
     config, plan = proposal.config, proposal.plan
     run = RunDir(Path(config.run.dir) / config.run.name)
+    wish.known(run, config.launcher.restarts().code or STOPPED)
     if not args.multirun:
         _sweep.check_no_array([config.launcher], "this is one run; add -m and several values, or leave it out")
     if config.launcher.calls(words(overrides, args), run.nodes):
         return (_afar.show if args.dry_run else _afar.launch)(run, proposal, words(overrides, args))
     job = config.launcher.job(run.path, words(overrides, args))
     if plan.topology.nodes > 1 and job is None and not args.dry_run:
-        with _told.heeded(config.launcher.restarts().code or STOPPED):
-            return _nodes.launch(run, proposal)
+        return _nodes.launch(run, proposal, wish)
     print(describe(config, plan), flush=True)
     if job is not None:
         return _submit.show(job) if args.dry_run else _submit.submit(job, [run], [proposal])
-    if args.dry_run:
-        return _show_command(run, proposal)
-    with _told.heeded(config.launcher.restarts().code or STOPPED):
-        return _alone(run, proposal)
+    return _show_command(run, proposal) if args.dry_run else _alone(run, proposal, wish)
 
 
-def _alone(run: RunDir, proposal: Proposal) -> int:
+def _alone(run: RunDir, proposal: Proposal, wish: Wish) -> int:
     from dtrain.verbs import _restart
 
     check_folder(run)
-    prepared, settled = prepare_all(proposal)
+    with wish.watching():
+        prepared, settled = prepare_all(proposal)
     with run.lock(note=say):
         while True:
-            outcome = train(run, proposal, prepared, settled)
+            outcome = train(run, proposal, prepared, settled, wish)
             code = tell(outcome, run, settled)
             if not _restart.again(run, outcome, settled, say):
                 return code
@@ -145,7 +151,7 @@ def prepare_all(proposal: Proposal) -> tuple[Prepared, Config]:
     return prepared, settled
 
 
-def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
+def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config, wish: Wish,
           leader: Leader | None = None) -> Outcome:  # fmt: skip
     """Go on from where there is something, start every rank and see them through. To be called by the holder of the
     run's lock.
@@ -159,7 +165,7 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
     from dtrain.launchers.supervise import deadline_of, supervise
     from dtrain.verbs import _oom, _requeue
 
-    with run.beating():  # the weights that stay as they are may have to be read
+    with wish.watching(), run.beating():  # the weights that stay as they are may have to be read
         settled = _oom.fitting(run, settled, say)
         _warn_of_room(run, settled, proposal.plan.checkpoint_bytes)
         said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets),
@@ -167,8 +173,11 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config,
         clean(run)
         start = choose(run, settled, said, say)
         _refuse_done(run, settled, start)
-    if leader is not None and (nodes := leader.wait()) != proposal.plan.topology.nodes:
-        proposal, settled = _on(nodes, run, proposal, prepared, settled)
+    if leader is not None:
+        with wish.watching():
+            nodes = leader.wait()
+        if nodes != proposal.plan.topology.nodes:
+            proposal, settled = _on(nodes, run, proposal, prepared, settled)
     attempt = run.new_attempt()
     _record(run, attempt, settled, proposal, prepared, said, start)
     limit = settled.run.time_limit

@@ -255,10 +255,10 @@ def test_what_is_printed_of_a_secret(here: Path, capsys, monkeypatch) -> None:
 # --- processes
 
 
-def _start(here: Path, *argv: str) -> subprocess.Popen[str]:
+def _start(here: Path, *argv: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "dtrain", *argv], cwd=here, text=True, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+                            env={**os.environ, "PYTHONPATH": str(ROOT), **env})  # fmt: skip
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float = 60) -> None:
@@ -303,6 +303,26 @@ def test_ctrl_c_while_the_data_is_prepared(here: Path) -> None:
     assert _runs(here) == []
     shutil.rmtree(here / "runs")
     assert not list(here.glob("runs/.cache/data-*/meta.json"))
+
+
+@pytest.mark.slow
+def test_slurms_signal_while_the_data_is_prepared(here: Path) -> None:
+    """`scancel --signal=USR1 JOB` sends it to every process of a step: those that tokenise are there too."""
+    text = (here / "texts.jsonl").read_text()
+    (here / "large.jsonl").write_text(text * 300)
+    run = here / "runs" / "demo"
+    run.mkdir(parents=True)
+    process = _start(here, "launch", *SMALL, "dataset.path=large.jsonl", "launcher.procs=1", DTRAIN_BATCH="7.0")
+    _wait_for(here / "runs" / ".cache", process)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGUSR1)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert said.splitlines()[-1] == ("SIGUSR1: ended while no rank ran; the same command goes on from what is prepared "
+                                     "and saved; the batch script is asked to queue the job again")  # fmt: skip
+    assert "Traceback" not in said
+    assert (run / "REQUEUE").read_text() == "7.0\n"
+    shutil.rmtree(here / "runs")
 
 
 # --- asserts are for our own mistakes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 
 from dtrain import cli
 from dtrain.errors import RunError
+from dtrain.plan import propose as planning
 from dtrain.runs import RunDir, lock
-from dtrain.verbs import launch
+from dtrain.verbs import _told, launch
 from tests.e2e.command import SMALL, write_texts
 
 TYPED = ["launch", *SMALL, "dataset.path=texts.jsonl", "strategy=ddp", "launcher.procs=1", "run.name=first"]
+TOLD = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.fixture
@@ -45,19 +48,84 @@ def test_other_machines_see_that_it_lives_while_it_reads_weights(run: RunDir, mo
     assert beats == 1
 
 
-def test_sigterm_ends_it_in_order(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def read(*what: Any) -> str:
-        os.kill(os.getpid(), signal.SIGTERM)
+def ends_by(make: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The command, to which that is done at a place where no rank runs; it ends with 75."""
+
+    def busy(*what: Any) -> str:
+        make()
         time.sleep(5)
         raise AssertionError("it went on")
 
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(launch, "_base", read)
+    before = [signal.getsignal(signum) for signum in TOLD]
+    monkeypatch.setattr(launch, where, busy)
     with pytest.raises(SystemExit) as ended:
         cli.run(TYPED)
     assert ended.value.code == 75
-    assert "SIGTERM: ended while no rank ran" in capfd.readouterr().err
+    assert [signal.getsignal(signum) for signum in TOLD] == before
+
+
+@pytest.mark.parametrize("where", ["prepare_all", "_base"])
+@pytest.mark.parametrize("signum", TOLD)
+def test_a_signal_ends_it_in_order(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], signum: signal.Signals, where: str
+) -> None:
+    monkeypatch.setenv("DTRAIN_BATCH", "7.0")
+    run.path.mkdir(parents=True)  # a batch script lies there
+    ends_by(lambda: os.kill(os.getpid(), signum), monkeypatch, where)
+    said = capfd.readouterr().err
+    assert f"{signum.name}: ended while no rank ran; the same command goes on" in said
+    assert run.requeue.exists() == ("asked to queue the job again" in said) == (signum == signal.SIGUSR1)
     assert run.holder() is None
-    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("batch", ["7.0", None])
+def test_the_file_stop_ends_it_before_ranks_are_there_to_look_for_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], batch: str | None
+) -> None:
+    monkeypatch.setattr(_told, "LOOK_S", 0.02)
+    run.path.mkdir(parents=True)
+    run.stop_trigger.write_text("6.0")  # meant an earlier start
+    if batch is not None:
+        monkeypatch.setenv("DTRAIN_BATCH", batch)
+
+    def make() -> None:
+        time.sleep(0.2)
+        run.stop_trigger.write_text("7.0\n")
+
+    ends_by(make, monkeypatch, "prepare_all")
+    said = capfd.readouterr().err
+    assert said.startswith("the file STOP: ended while no rank ran")
+    assert run.requeue.exists() == ("asked to queue the job again" in said) == (batch is not None)
+    assert not run.stop_trigger.exists()
+
+
+def test_a_batch_script_may_be_told_before_dtrain_has_started(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTRAIN_BATCH", "7.0")
+    run.path.mkdir(parents=True)
+    run.stop_trigger.write_text("7.0\n")
+    monkeypatch.setattr(launch, "prepare_all", lambda proposal: pytest.fail("it went on"))
+    with pytest.raises(SystemExit):
+        cli.run(TYPED)
+    assert run.requeue.read_text() == "7.0\n"
+
+
+def test_one_that_plans_ends_once_it_knows_what_it_is(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else nothing could ask for the job to be queued again."""
+    monkeypatch.setenv("DTRAIN_BATCH", "7.0")
+    run.path.mkdir(parents=True)
+    propose = planning.propose
+
+    def told(*what: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return propose(*what)
+
+    monkeypatch.setattr(planning, "propose", told)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(TYPED)
+    assert ended.value.code == 75
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "SIGUSR1: it ends as soon as it has planned; again: at once"
+    assert second.endswith("the batch script is asked to queue the job again")
+    assert run.requeue.read_text() == "7.0\n"
