@@ -25,7 +25,7 @@ from dtrain.launchers._network import interface_of, towards
 from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
 from dtrain.runs.files import read_json, write_json
-from dtrain.runs.host import host_name
+from dtrain.runs.host import host_name, network
 from dtrain.runs.lock import BEAT_S, Holder
 
 LOOK_S = 0.2
@@ -43,6 +43,9 @@ STOP = "stop.json"
 OPEN = "open"
 """There while the leader waits for others, or would take them in."""
 _ANOTHER = "another configuration than on the machine that leads; type the same command on each machine"
+_NAMESAKE = ("the machine that leads has the same name, so that its address cannot be found; give each a name of its "
+             "own (hostnamectl set-hostname), or type launcher.host=ADDRESS, that of the one that is to lead"
+             )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,8 @@ class _Member:
     host: str
     touched: _Touched
     node: int = 0
+    namesake: bool = False
+    """Its name is the leader's, and its addresses are others."""
 
 
 class Leader:
@@ -167,15 +172,21 @@ class Leader:
         for folder in self._others():
             if (said := self._waits(folder)) is None:
                 continue
-            if said.get("digest") == self._digest:
+            if (why := self._misfit(said)) is None:
                 host = str(said.get("host"))
             else:
-                self._send_away(folder, said)
+                self._send_away(folder, said, why)
         return host
 
-    def _send_away(self, folder: Path, said: dict[str, Any]) -> None:
-        self._say(f"{said.get('host')}: {_ANOTHER}; it is sent away")
-        _tell(folder / "over.json", dataclasses.asdict(Over(2, f"{self._run.path}: {_ANOTHER}")))
+    def _misfit(self, said: dict[str, Any]) -> str | None:
+        """Why a machine that has come can take no part; None where it can."""
+        if said.get("digest") != self._digest:
+            return _ANOTHER
+        return _NAMESAKE if _is_namesake(said) and self._gathering.host is None else None
+
+    def _send_away(self, folder: Path, said: dict[str, Any], why: str) -> None:
+        self._say(f"{said.get('host')}: {why}; it is sent away")
+        _tell(folder / "over.json", dataclasses.asdict(Over(2, f"{self._run.path}: {why}")))
 
     def reports(self, *, failed: bool) -> list[NodeEnd]:
         """How the others ended, once all have, or had their time; `failed`: they are not to go on."""
@@ -258,12 +269,12 @@ class Leader:
         for folder in _folders(self._run):
             if (said := self._waits(folder)) is None:
                 continue
-            if said.get("digest") != self._digest:
+            if (why := self._misfit(said)) is not None:
                 if self._gathering.least is None:
-                    raise RunError(f"{said.get('host')}: {_ANOTHER}")
-                self._send_away(folder, said)
+                    raise RunError(f"{said.get('host')}: {why}")
+                self._send_away(folder, said, why)
                 continue
-            found.append(_Member(folder, str(said.get("host")), self._seen[folder.name]))
+            found.append(_Member(folder, str(said.get("host")), self._seen[folder.name], namesake=_is_namesake(said)))
         return found
 
     def _waits(self, folder: Path) -> dict[str, Any] | None:
@@ -285,7 +296,7 @@ class Leader:
 
     def _address(self) -> str:
         """By which the others reach this machine."""
-        ways = (towards(one.host) for one in self._members)
+        ways = (towards(one.host) for one in self._members if not one.namesake)
         # The names of others may say nothing here, as in a cluster whose pods have names of a service.
         return next((way for way in ways if way is not None), None) or self._gathering.host or socket.gethostname()
 
@@ -308,7 +319,7 @@ class Follower:
         self.node = -1
         """Known once the leader has said it."""
         self._folder.mkdir(parents=True)
-        write_json(self._folder / "here.json", {"host": host_name(), "digest": digest})
+        write_json(self._folder / "here.json", {"host": host_name(), "network": network(), "digest": digest})
 
     def wait(self) -> Go | Over | None:
         """The leader's word; None where there is no leader any more, and any may lead.
@@ -425,6 +436,11 @@ def _said(error: BaseException) -> tuple[int, str]:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code, "the node that leads was told to end"
     return error.exit_code if isinstance(error, DtrainError) else 3, str(error)
+
+
+def _is_namesake(said: dict[str, Any]) -> bool:
+    """Whether another machine than this one has said so, under this one's name."""
+    return said.get("host") == host_name() and said.get("network", network()) != network()
 
 
 def _folders(run: RunDir) -> Sequence[Path]:

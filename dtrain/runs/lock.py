@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtrain.errors import RunError
+from dtrain.runs.host import pids
 
 NAME = ".lock"
 BEAT_S = 15.0
@@ -32,11 +33,18 @@ class Holder:
     started: float
     """When the process started, by the host's own clock: tells a process from a later one with its pid."""
     since: str
+    pids: str = ""
+    """Where that pid means this process: hosts may share a name, as containers and copies of a machine do."""
 
     @classmethod
     def me(cls) -> Holder:
         return cls(pid=os.getpid(), host=socket.gethostname(), started=_start_of(os.getpid()) or 0.0,
-                   since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))  # fmt: skip
+                   since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), pids=pids())  # fmt: skip
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its pid means here what it means there."""
+        return self.host == socket.gethostname() and self.pids in ("", pids())
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
@@ -67,7 +75,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _alive(holder: Holder, path: Path) -> bool:
-    if holder.host == socket.gethostname():
+    if holder.is_here:
         return _start_of(holder.pid) == holder.started
     with suppress(OSError):
         return _now(path.parent) - path.stat().st_mtime < SILENT_S
@@ -170,5 +178,6 @@ def check(run_dir: Path) -> None:
         raise RunError(f"{run_dir}: cannot write in {ancestor} ({error.strerror}); set `run.dir` to a folder that you "
                        f"can write in") from None  # fmt: skip
     holder = live_holder(run_dir / NAME)
-    if holder is not None:
+    # Of a host with our name that is not this one, or that was before it was started again, the kernel's lock tells.
+    if holder is not None and (holder.is_here or holder.host != socket.gethostname()):
         raise _refusal(run_dir, holder)

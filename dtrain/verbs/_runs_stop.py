@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ def stop(run: RunDir, *, now: bool, wait_s: float) -> int:
 
 
 def _ask(run: RunDir, holder: Holder, *, now: bool) -> None:
-    if holder.host != socket.gethostname():
+    if not holder.is_here:
         if now:
             raise RunError(f"--now: it runs on {holder.host}; type it there")
         run.stop_trigger.touch()

@@ -19,7 +19,7 @@ from dtrain.launchers.muster import Follower, Go, Leader, Over, enter
 from dtrain.launchers.supervise import _Job
 from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
-from dtrain.runs.files import write_json
+from dtrain.runs.files import read_json, write_json
 from dtrain.runs.lock import Holder
 
 PATIENT = Gathering(timeout_s=20)
@@ -233,6 +233,50 @@ def test_where_names_say_nothing_the_leader_goes_by_its_own(run: RunDir, monkeyp
         meeting = leader.meet(0, None)
         assert (meeting.host, meeting.local) == (pods.host, pods.host)
         follower.leave()
+
+
+def namesake(run: RunDir, gathering: Gathering) -> Follower:
+    """A machine that has this one's name, and a network of its own."""
+    made = Follower(run, "d", gathering)
+    here = run.nodes / made.token / "here.json"
+    said = read_json(here)
+    assert said is not None
+    write_json(here, {**said, "network": "another boot net:[1]"})
+    return made
+
+
+def test_a_machine_of_the_leaders_name_is_refused_where_nothing_says_the_leaders_address(run: RunDir) -> None:
+    with pytest.raises(RunError, match=r"the machine that leads has the same name.* launcher.host=ADDRESS"), lead(run) as leader:  # noqa: PT012  # fmt: skip
+        two = namesake(run, PATIENT)
+        leader.wait()
+    assert isinstance(word := two.wait(), Over)
+    assert (word.exit_code, "launcher.host=ADDRESS" in word.message) == (2, True)
+    two.leave()
+    lines: list[str] = []
+    with enter(run, SOME, 3, "d", lines.append) as leader:
+        assert isinstance(leader, Leader)
+        two, welcome = namesake(run, SOME), Follower(run, "d", SOME)
+        assert leader.wait() == 2
+        assert isinstance(word := two.wait(), Over)
+        assert word.exit_code == 2
+        leader.meet(0, None)
+        late = namesake(run, SOME)
+        assert leader.come() is None
+        assert isinstance(late.wait(), Over)
+    assert len([line for line in lines if "has the same name" in line and line.endswith("it is sent away")]) == 2
+    for one in (two, welcome, late):
+        one.leave()
+
+
+def test_the_name_that_two_have_says_no_address(run: RunDir) -> None:
+    told = Gathering(leads=True, host="10.9.8.7", timeout_s=20)
+    with lead(run, gathering=told) as leader:
+        two = namesake(run, told)
+        assert leader.wait() == 2
+        meeting = leader.meet(0, None)
+        assert (meeting.host, meeting.local) == ("10.9.8.7", "10.9.8.7")
+        assert isinstance(two.wait(), Go)
+        two.leave()
 
 
 def test_one_that_is_gone_is_lost_sooner_than_it_would_be_missed(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -74,6 +75,24 @@ def test_a_holder_on_another_host_lives_as_long_as_it_shows(tmp_path: Path) -> N
     os.utime(lock, (silent, silent))
     with run.lock():
         pass
+
+
+def test_a_holder_on_a_host_of_the_same_name_is_told_by_what_it_shows(tmp_path: Path) -> None:
+    """Its pid says nothing here: that of another process, or of none, as in a container of the same name."""
+    run = RunDir(tmp_path)
+    me = Holder.me()
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({**dataclasses.asdict(me), "pid": 2**22 + 1, "pids": "another boot pid:[1]"}))
+    holder = run.holder()
+    assert holder is not None
+    assert not holder.is_here
+    silent = time.time() - SILENT_S - 1
+    os.utime(lock, (silent, silent))
+    assert run.holder() is None
+    os.utime(lock)
+    with run.lock() as mine:  # the kernel knows of no holder: it was this container, before it was started again
+        assert mine.is_here
+        assert run.holder() == mine
 
 
 def test_one_of_many_wins(tmp_path: Path) -> None:
