@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import platform
 import resource
 import shutil
 import tempfile
@@ -63,7 +64,8 @@ def versions(place: Place) -> Iterator[Finding]:
     if wrong:
         yield Finding("versions", "fail", "; ".join(wrong), "pip install -U dtrain in this environment")
     else:
-        yield Finding("versions", "ok", f"dtrain {metadata.version('dtrain')}, {', '.join(sorted(found))}")
+        said = [f"dtrain {metadata.version('dtrain')}", *sorted(found), f"python {platform.python_version()}"]
+        yield Finding("versions", "ok", ", ".join(said))
 
 
 def devices(place: Place) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from dtrain.doctor.checks import Place, between, file_system, free_port
 from dtrain.doctor.finding import Finding
 from dtrain.runs.files import read_json, write_json
+from dtrain.runs.host import host_name, network
 
 COME_S = 60.0
 LOOK_S = 0.2
@@ -39,6 +40,8 @@ class Member:
     """Of the clock that stamps the folder's files."""
     name: str = ""
     """By which it is told of; `host` where it has no other."""
+    network: str = ""
+    """Tells it from another of the same name."""
 
     @property
     def called(self) -> str:
@@ -46,8 +49,8 @@ class Member:
 
 
 def node_name() -> str:
-    """What this machine is called: by Slurm, where it is in a job, else by itself."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    """What this machine is called: by Slurm, where it is in a job, by the user's list of hosts, or by itself."""
+    return os.environ.get("SLURMD_NODENAME") or host_name()
 
 
 def meeting(nodes: int | None, folder: Path) -> Team | None:
@@ -70,7 +73,7 @@ def found_with_others(team: Team, place: Place, come_s: float = COME_S) -> Itera
     mine = team.folder / f"{token}.json"
     mine.touch()
     me = Member(socket.gethostname(), token, place.procs, free_port(), time.time() - mine.stat().st_mtime,
-                node_name())  # fmt: skip
+                node_name(), network())  # fmt: skip
     write_json(mine, dataclasses.asdict(me))
     try:
         members = _all(team, mine, come_s)
@@ -87,7 +90,7 @@ def found_with_others(team: Team, place: Place, come_s: float = COME_S) -> Itera
         yield _clocks(members)
         first = sum(member.procs for member in members[: members.index(me)])
         size = sum(member.procs for member in members)
-        meet = "127.0.0.1" if len({member.host for member in members}) == 1 else members[0].host
+        meet = "127.0.0.1" if len({(one.host, one.network) for one in members}) == 1 else _reached_by(members[0])
         yield between([(meet, first + local, local) for local in range(me.procs)], size, members[0].port,
                       nodes=[member.called for member in members for _ in range(member.procs)])  # fmt: skip
     finally:
@@ -110,6 +113,15 @@ def _all(team: Team, mine: Path, come_s: float) -> list[Member]:
         if len(found) >= team.nodes or time.monotonic() > deadline:
             return sorted(found, key=lambda member: (member.host, member.name, member.token))[: team.nodes]
         time.sleep(LOOK_S)
+
+
+def _reached_by(member: Member) -> str:
+    """Its name in a list of hosts, unless that says nothing here, as one of ~/.ssh/config on another machine."""
+    try:
+        socket.getaddrinfo(member.called, None)
+    except OSError:
+        return member.host
+    return member.called
 
 
 def _clocks(members: Sequence[Member]) -> Finding:

@@ -43,6 +43,8 @@ SILENT_S = 30.0
 would be waited for without end."""
 LEFT_S = 120.0
 """Once the machine that leads has ended by itself, what the others get: they notice it within a minute."""
+BEGIN_S = 60.0
+"""What machines get to begin that are only asked something: a login may hang for ever."""
 HANG_UP_S = 5.0
 """What ssh gets to end, once it is told to."""
 LOST = 3
@@ -167,10 +169,14 @@ class _Line:
 
 
 class _Head:
-    """Until every machine has ended."""
+    """Until every machine has ended. With `heard`, which takes the lines of stdout with the names of their machines,
+    they are only asked: each may fail by itself, and has `within_s`.
+    """
 
-    def __init__(self, control: Path, calls: Sequence[Call], say: Callable[[str], None]) -> None:
-        self._control, self._calls, self._say = control, calls, say
+    def __init__(self, control: Path, calls: Sequence[Call], say: Callable[[str], None],
+                 heard: Callable[[str, str], None] | None = None, within_s: float = 0.0) -> None:  # fmt: skip
+        self._control, self._calls, self._say, self._heard = control, calls, say, heard
+        self._began, self._within_s = time.monotonic(), within_s
         self._machines = {name: _Machine(name) for call in calls for name in call.hosts}
         self._labels = _labels(self._machines)
         self._lines: list[_Line] = []
@@ -203,6 +209,22 @@ class _Head:
         return len([one for one in self._signals if one != signal.SIGUSR1]) > 1
 
     def run(self) -> int:
+        self._until_all_have_ended()
+        return self._verdict()
+
+    def ask(self) -> dict[str, str | None]:
+        """Of each machine, why it did not answer, or not to the end; None where it did."""
+        self._until_all_have_ended()
+        return {one.name: self._unanswered(one) for one in self._machines.values()}
+
+    def _unanswered(self, one: _Machine) -> str | None:
+        if not one.begun:
+            return _why_not(one)
+        if one.code is None:
+            return f"it had not ended within {self._within_s:.0f} s" if one.exit and one.exit < 0 else _lost(one)
+        return (one.last.removeprefix("error: ") or f"exit code {one.code}") if one.code > 1 else None
+
+    def _until_all_have_ended(self) -> None:
         with selectors.DefaultSelector() as selector:
             try:
                 for call in self._calls:
@@ -214,7 +236,6 @@ class _Head:
                     self._look(selector)
             finally:
                 self._hang_up()
-        return self._verdict()
 
     def _show(self, selector: selectors.BaseSelector) -> None:
         """What the machines print, each line with its name."""
@@ -242,14 +263,20 @@ class _Head:
         if one is not None:
             if to is sys.stderr and text.strip():
                 one.last = text.strip()
+            if self._heard is not None and to is sys.stdout:
+                self._heard(one.name, text)
             line = f"{one.name}: {text}"
-        _print(line, to)
+        if self._heard is None:
+            _print(line, to)
 
     def _look(self, selector: selectors.BaseSelector) -> None:
         for line in self._lines:
             if not line.ended and line.process.poll() is not None:
                 self._close(line, selector)
         now = time.monotonic()
+        if self._heard is not None:
+            self._look_at_clock(now - self._began)
+            return
         self._given_up = self._given_up or (self._give_up_at is not None and now >= self._give_up_at)
         told = self._signals or ([signal.SIGTERM] if self._given_up else [])
         if told != self._told:
@@ -265,6 +292,12 @@ class _Head:
         silent = self._stopping_at is not None and now - self._stopping_at > SILENT_S
         if left or (silent and not any(one.begun for one in alive)):
             self._hang_up()
+
+    def _look_at_clock(self, since_s: float) -> None:
+        for line in self._lines:
+            begun = any(self._machines[name].begun for name in line.call.hosts)
+            if not line.ended and since_s > (self._within_s if begun else BEGIN_S):
+                line.process.terminate()
 
     def _close(self, line: _Line, selector: selectors.BaseSelector) -> None:
         """It has ended. Its pipes need not: a connection that ssh keeps for others holds them."""
@@ -285,6 +318,8 @@ class _Head:
             return
         one.exit = exit_
         self._ended.append(one)
+        if self._heard is not None:
+            return
         if one is next(iter(self._machines.values())) and one.code is not None:
             self._led_until = time.monotonic()
         if exit_:
@@ -315,7 +350,7 @@ class _Head:
             raise RunError.of(_down(one) for one in down)
         for one in self._ended:
             if one.code is None and one.begun:
-                self._say(f"{one.name}: its connection has ended: {one.last or 'without a word'}")
+                self._say(f"{one.name}: {_lost(one)}")
         leader = next(iter(self._machines.values()))
         if leader.code is not None and not self._given_up:
             return leader.code
@@ -357,12 +392,29 @@ def _start(call: Call) -> _Line:
     return _Line(call, process, streams)
 
 
+def _lost(one: _Machine) -> str:
+    return f"its connection has ended: {one.last or 'without a word'}"
+
+
 def _down(one: _Machine) -> str:
+    return f"{one.name}: could not be started: {_why_not(one)}"
+
+
+def _why_not(one: _Machine) -> str:
     why = hint_of(one.last)
     silent = one.exit is not None and one.exit < 0
     ended = "it did not answer; try `ssh` to it by hand" if silent else f"ended with {one.exit}, without a word"
     said = one.last.removeprefix("error: ") or ended
-    return f"{one.name}: could not be started: {said}" + (f"; {why}" if why else "")
+    return said + (f"; {why}" if why else "")
+
+
+def ask(
+    control: Path, calls: Sequence[Call], heard: Callable[[str, str], None], within_s: float
+) -> dict[str, str | None]:
+    """Start them all and wait for their end, or until they have had their time; `heard` takes each line of stdout, with
+    the machine's name. Returns of each why it did not answer, or not to the end; None where it did.
+    """
+    return _Head(control, calls, lambda line: None, heard, within_s).ask()
 
 
 def see_through(control: Path, calls: Sequence[Call], say: Callable[[str], None]) -> int:

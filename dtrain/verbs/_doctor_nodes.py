@@ -28,11 +28,27 @@ def on_all(args: argparse.Namespace) -> int:
         raise ConfigError(f"{stray[0]}: not a key of the launcher; only launcher.KEY=VALUE may follow")
     launcher = configure([f"launcher={args.launcher}", *args.overrides], None)[0].launcher
     here = ["doctor", "--json", "--dir", str(args.dir.absolute())]
-    here += [f"--{key}={value}" for key in ("procs", "only") if (value := getattr(args, key)) is not None]
-    argv = launcher.everywhere(here)
-    if argv is None:
+    chosen = [f"--{key}={value}" for key in ("procs", "only") if (value := getattr(args, key)) is not None]
+    argv = launcher.everywhere([*here, *chosen])
+    if argv is not None:
+        found = _by_one_command(argv)
+    elif launcher.calls(here, args.dir):
+        from dtrain.verbs._doctor_calls import by_calls
+
+        found = by_calls(launcher, here, args)
+    else:
         raise ConfigError(f"--launcher {args.launcher}: it starts no doctor on other machines; type `dtrain "
                           f"doctor --nodes N` on each")  # fmt: skip
+    width = max(len(one.name) for one in found)
+    for one in found:
+        padded = f"{one.state:<5} {one.name:<{width}} {one.text}" + (f": {one.advice}" if one.advice else "")
+        print(json.dumps({"name": one.name, "state": one.state, "text": one.text, "advice": one.advice}) if args.json
+              else padded)  # fmt: skip
+    return int(any(one.state == "fail" for one in found))
+
+
+def _by_one_command(argv: Sequence[str]) -> list[Finding]:
+    """Of what a scheduler's command prints, which starts the doctor on all nodes. Raises RunError."""
     try:
         # What a scheduler says meanwhile, such as that it waits for nodes, is for the user at once.
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
@@ -45,12 +61,7 @@ def on_all(args: argparse.Namespace) -> int:
     if lost := _expected(argv) - len(by_node):
         found.append(Finding("nodes", "fail", f"{lost} of {_expected(argv)} did not answer",
                              f"look at them, and at what {argv[0]} said"))  # fmt: skip
-    width = max(len(one.name) for one in found)
-    for one in found:
-        padded = f"{one.state:<5} {one.name:<{width}} {one.text}" + (f": {one.advice}" if one.advice else "")
-        print(json.dumps({"name": one.name, "state": one.state, "text": one.text, "advice": one.advice}) if args.json
-              else padded)  # fmt: skip
-    return int(any(one.state == "fail" for one in found))
+    return found
 
 
 def _expected(argv: Sequence[str]) -> int:

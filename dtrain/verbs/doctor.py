@@ -2,7 +2,7 @@
 
 A line each: ok, warn or fail, and what to do. Exit code 1 where something fails. On several machines it is started on
 each, as by `srun dtrain doctor`, or typed with --nodes N; then clocks are compared and all ranks measured. With
---launcher slurm it is started on all nodes, and says in a line of each how it differs from the others.
+--launcher slurm, or deepspeed, it is started on all nodes, and says in a line of each how it differs from the others.
 """
 
 from __future__ import annotations

@@ -146,6 +146,38 @@ def test_machines_that_are_down_are_named(folder: Path, reach: list[str], by: st
     assert workers_of(folder / "runs" / "demo") == []
 
 
+def doctor(folder: Path, reach: list[str], *typed: str) -> tuple[int, list[str]]:
+    done = dtrain(folder, "doctor", "--launcher", "deepspeed", "--only", "versions,limits,ranks", *reach[:2], *typed,
+                  "launcher.hostfile=hosts", timeout_s=60)  # fmt: skip
+    assert done.stderr == ""
+    assert not (folder / "runs").is_dir() or list((folder / "runs").iterdir()) == []
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_doctor_looks_at_each_and_at_all_together(folder: Path, reach: list[str]) -> None:
+    code, lines = doctor(folder, reach)
+    assert code == 0, lines
+    assert [line.split()[:2] for line in lines] == [["ok", one] for one in (*HOSTS, "nodes", "clocks", "ranks")], lines
+    assert f"{', '.join(HOSTS)} see one " in lines[2]
+    assert "2 processes sum up" in lines[4]
+
+
+@pytest.mark.parametrize("by", ["ssh", "pdsh"])
+def test_the_doctor_names_all_that_cannot_be_reached(folder: Path, reach: list[str], by: str) -> None:
+    hosts = [HOSTS[0], "127.0.0.4", "127.0.0.5"]
+    (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
+    port = int(next(word for word in reach if "ssh_port" in word).partition("=")[2])
+    with socket.create_server(("127.0.0.5", port)):  # takes a connection, and never says a word
+        code, lines = doctor(folder, reach, f"launcher.by={by}", "launcher.connect_timeout_s=2")
+    assert code == 1
+    assert [line.split()[:2] for line in lines] == [
+        ["ok", hosts[0]], ["fail", hosts[1]], ["fail", hosts[2]], ["fail", "ranks"]]  # fmt: skip
+    assert "call: ssh: connect to host 127.0.0.4 port" in lines[1]
+    assert "Connection refused (look at it by hand" in lines[1]
+    assert "timed out" in lines[2]
+    assert "not measured without 127.0.0.4, 127.0.0.5" in lines[3]
+
+
 def test_a_rank_that_is_killed_is_named_with_its_machine(folder: Path, reach: list[str]) -> None:
     done = dtrain(folder, "launch", *TYPED, *reach, env={"DTRAIN_FAIL": "train.forward:kill:rank=1:after=3"})
     assert done.returncode == 3, done.stdout + done.stderr

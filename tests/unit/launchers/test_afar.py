@@ -188,6 +188,26 @@ def _press(pressed: Sequence[signal.Signals], control: Path) -> None:
             time.sleep(0.02)
 
 
+def test_machines_that_are_only_asked_fail_each_by_itself(
+    control: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(afar, "BEGIN_S", 1.0)
+    heard: list[tuple[str, str]] = []
+    calls = [
+        call("echo 'error: no such folder' >&2; exit 2", "refused"), call("exec sleep 60", "silent"),
+        call(f"echo '{BEGUN}' >&2; sleep 0.5; echo one; echo two; exit 1", "well"),
+        call(f"echo '{BEGUN}' >&2; echo 'error: no such check' >&2; exit 2", "other"),
+        call(f"echo '{BEGUN}' >&2; exec sleep 60", "slow"), call(f"echo '{BEGUN}' >&2; echo bye >&2; exit 255", "lost"),
+    ]  # fmt: skip
+    why = afar.ask(control, calls, lambda name, line: heard.append((name, line)), within_s=2.0)
+    assert why == {
+        "refused": "no such folder", "silent": "it did not answer; try `ssh` to it by hand", "well": None,
+        "other": "no such check", "slow": "it had not ended within 2 s", "lost": "its connection has ended: bye",
+    }  # fmt: skip
+    assert heard == [("well", "one"), ("well", "two")]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_is_not_installed(control: Path) -> None:
     with pytest.raises(RunError, match="no-ssh: not found; install it"):
         run(control, [Call(["a"], Command(["no-ssh"], {}), b"")])

@@ -71,6 +71,8 @@ def test_how_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("typed", "says"), [
     (["--launcher", "local"], "starts no doctor on other machines"), (["launcher.nodes=2"], "name it too"),
+    (["--launcher", "deepspeed"], "say where the list of machines is"),
+    (["--launcher", "deepspeed", "launcher.by=hand", "launcher.hostfile=x"], "type `dtrain doctor --nodes N` on each"),
     (["--launcher", "slurm", "train.steps=3"], "not a key of the launcher"), (["--launcher", "slrm"], "slurm"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(typed: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
