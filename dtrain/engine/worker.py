@@ -106,8 +106,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
     instead = [f"resume: going on from step {built.step} instead"] if passed_over else []
     trackers.start(steps=config.train.steps or 0, first_step=built.step, lines=[*built.lines, *passed_over, *instead])
     if comm.rank == 0:
-        run.update_manifest(attention=dataclasses.asdict(built.attention), loss=dataclasses.asdict(built.loss))
-        run.event("training", attempt=attempt, step=built.step)
+        _began(run, attempt, built)
     try:
         saving = _saving(run, attempt, built, manifest["identity"])
         result = built.engine.run([trackers, *rehearsal.stops(comm.rank, comm.size)], progress, saving,
@@ -125,6 +124,13 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
         raise
     progress.at("end")
     _end(run, attempt, result, trackers, comm)
+
+
+def _began(run: RunDir, attempt: int, built: Built) -> None:
+    """Write what the launcher could not know: also from which step, where a checkpoint was passed over."""
+    run.add_attempt(attempt, first_step=built.step)
+    run.update_manifest(attention=dataclasses.asdict(built.attention), loss=dataclasses.asdict(built.loss))
+    run.event("training", attempt=attempt, step=built.step)
 
 
 def _record_failure(run: RunDir, attempt: int, rank: int, error: BaseException, progress: Progress) -> None:

@@ -160,4 +160,5 @@ def test_a_rank_killed_in_a_save_ends_the_run_and_a_damaged_checkpoint_is_passed
     assert f"resume: going on from step {older} instead" in again.stdout
     begun = [event["step"] for event in rows(run.events) if event["kind"] == "training"]
     assert begun == [0, older]
+    assert [one["first_step"] for one in run.read_manifest()["attempts"]] == begun
     assert figures(run) == undisturbed
