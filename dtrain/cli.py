@@ -11,8 +11,10 @@ import ast
 import importlib
 import os
 import pkgutil
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +23,9 @@ import dtrain
 import dtrain.verbs
 from dtrain.errors import DtrainError, UserError
 from dtrain.verbs._report import report
+
+MOST_COLUMNS = 120
+"""Of the help, on a terminal that has more."""
 
 INTERNAL = ("node", "worker")
 """Started by launchers, never typed."""
@@ -79,7 +84,10 @@ def _help(verbs: Sequence[str]) -> str:
     lines = ["dtrain: fine-tune and pre-train language models; the same model whatever the parallelism.", "",
              "usage: dtrain VERB ...", ""]  # fmt: skip
     width = max(map(len, verbs))
-    lines += [f"  {verb:<{width}}  {_summary(verb)}" for verb in verbs]
+    columns = min(MOST_COLUMNS, shutil.get_terminal_size().columns)
+    for verb in verbs:
+        lines += textwrap.wrap(_summary(verb), columns, initial_indent=f"  {verb:<{width}}  ",
+                               subsequent_indent=" " * (width + 4))  # fmt: skip
     lines += ["", "Start with:  dtrain launch +strategy=zero3 launcher.procs=2", "More on one: dtrain VERB --help"]
     return "\n".join(lines)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from pathlib import Path
 
 from dtrain.config.compose import choices, conf_dir
@@ -20,26 +22,18 @@ def help_text(parser: argparse.ArgumentParser, config_dir: Path | None) -> str:
     lines = [parser.description or "", "", parser.format_usage().strip(), ""]
     lines += [f"  {', '.join(action.option_strings):<22} {action.help}"
               for action in parser._actions if action.option_strings and action.help]  # fmt: skip
-    lines += ["", "Groups, chosen by group=choice (+group=choice does the same):", ""]
+    lines += ["", "Groups, chosen by group=choice; `dtrain config explain GROUP` says what each choice is:", ""]
     found = choices(config_dir)
     width = max(map(len, found))
-    lines += [_folded(f"  {group:<{width}}  ", names) for group, names in found.items()]
+    columns = min(110, shutil.get_terminal_size().columns)
+    for group, names in found.items():
+        lines += textwrap.wrap(", ".join(names), columns, initial_indent=f"  {group:<{width}}  ",
+                               subsequent_indent=" " * (width + 4))  # fmt: skip
     lines += [
         "",
         "Keys, set by key=value (`dtrain config explain KEY` tells more; -m runs key=a,b for each value):",
         "",
     ]
     text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
-    lines += ["  " + line for line in text[text.index("\nrun:") + 1 :].rstrip().splitlines()]
+    lines += [f"  {line}".rstrip() for line in text[text.index("\nrun:") + 1 :].rstrip().splitlines()]
     return "\n".join(lines) + "\n"
-
-
-def _folded(head: str, names: list[str], width: int = 110) -> str:
-    lines, line = [], head
-    for i, name in enumerate(names):
-        word = name + (", " if i + 1 < len(names) else "")
-        if len(line) + len(word) > width:
-            lines.append(line.rstrip())
-            line = " " * len(head)
-        line += word
-    return "\n".join([*lines, line])

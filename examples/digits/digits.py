@@ -2,6 +2,7 @@ r"""A network and an objective of your own: images of handwritten digits, under 
 
 In this folder, with scikit-learn for its images:
 
+    pip install scikit-learn
     PYTHONPATH=. dtrain launch --config-dir conf plugins=[digits] model=python model.function=digits:network \
         objective=digits dataset=python dataset.function=digits:images dataset.packing=false dataset.max_length=64 \
         optim.lr=0.01 strategy=zero3 launcher.procs=2
