@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import shutil
 import textwrap
 import types
 import typing
@@ -97,14 +98,17 @@ def with_key(name: str, extra: Path | None, plugins: Sequence[str] = ()) -> dict
 def group_lines(group: str, names: Sequence[str], extra: Path | None) -> list[str]:
     """A line for each choice of a group: what the first words of its file say."""
     width = max(map(len, names), default=0)
-    return [f"  {name:<{width}}  {_about(group, name, extra)}".rstrip() for name in names]
+    columns = max(60, min(120, shutil.get_terminal_size().columns))
+    return [line for name in names
+            for line in textwrap.wrap(_about(group, name, extra) or "(its file says nothing)", columns,
+                                      initial_indent=f"  {name:<{width}}  ",
+                                      subsequent_indent=" " * (width + 4))]  # fmt: skip
 
 
 def _about(group: str, choice: str, extra: Path | None) -> str:
     path = next(path for root in (conf_dir(), extra) if root and (path := root / group / f"{choice}.yaml").is_file())
     lines = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-    said = next((line for line in lines if not line.startswith("@package")), "")
-    return clip(said)
+    return next((line for line in lines if not line.startswith("@package")), "")
 
 
 def _keys(path: str, value: Any) -> dict[str, Key]:

@@ -123,9 +123,13 @@ class Prepared:
             return [*self.notes, *self._of_mixture(), *documents]
         most = "" if self.most_fill is None else f" (at best {self.most_fill:.1%})"
         first = (f"data: {self.num_rows:,} rows of up to {self.max_length:,} tokens, {self.fill:.1%} full{most}; "
-                 f"{self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
-                 f"{self.num_eval_rows:,} rows held out")  # fmt: skip
+                 f"{self._tokens()}; {self.num_eval_rows:,} rows held out")  # fmt: skip
         return [*self.notes, first, *documents]
+
+    def _tokens(self) -> str:
+        """Where a target is a text or a pair, no token is one."""
+        targets = f", {self.num_targets:,} of them targets" if self.objective.learns_tokens else ""
+        return f"{self.num_tokens:,} tokens{targets}"
 
     def padding(self, batch: BatchPlan, seed: int) -> str:
         """How much of what the ranks compute is padding, in words; empty where rows are packed."""
@@ -176,8 +180,7 @@ class Prepared:
                          f"for evals; others like them are left out of the training wherever they come")  # fmt: skip
         tried = "some rows of it" if self.num_epoch_rows is None else "a pass"
         return [*lines, f"data: {tried}: {self.num_rows:,} rows of up to {self.max_length:,} tokens, "
-                        f"{self.fill:.1%} full; {self.num_tokens:,} tokens, {self.num_targets:,} of them targets; "
-                        f"{self.num_eval_rows:,} rows held out"]  # fmt: skip
+                        f"{self.fill:.1%} full; {self._tokens()}; {self.num_eval_rows:,} rows held out"]  # fmt: skip
 
     def _of_mixture(self) -> list[str]:
         total = sum(source.weight for source in self.sources)

@@ -84,7 +84,7 @@ def draw_confusion(found: Confusion, to: Path | BinaryIO, title: str) -> None:
     families = fonts_for("".join(names))
     if families is None:
         names, families = [f"label {i}" for i in range(1, num + 1)], [_FONT]
-        title += "\nno font here has these labels: by their place in confusion.json"
+        title += "\nno font here has these labels:\nthey are in the order of confusion.json"
     axes.set_xticks(range(num), names, rotation=45, ha="right", family=families, parse_math=False)
     axes.set_yticks(range(num), names, family=families, parse_math=False)
     axes.set_xlabel("chosen")

@@ -33,6 +33,7 @@ class LoRA(TuningSpec):
     }
 
     rank: Annotated[int, Field(ge=1)] = 16
+    """How many numbers are added for each input and each output of a layer: the width of the two matrices."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """What is added is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -75,7 +75,7 @@ def _line(row: Mapping[str, Any], steps: int | None) -> str:
     said: dict[str, Any] = {name: row.get(name) for name in names}
     for name in ("loss", "grad_norm", "lr"):
         said[name] = math.nan if said[name] is None else said[name]
-    return f"step {row['step']}/{steps or '?'}  {figures(StepReport(**said))}"
+    return f"step {row['step']:>{len(str(steps or ''))}}/{steps or '?'}  {figures(StepReport(**said))}"
 
 
 def _event(event: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from dtrain.cli import run
 @pytest.mark.parametrize(("typed", "said"), [
     ("train.grad_clip", "train.grad_clip\n  type     float at least 0\n  default  1.0\n  value    1.0\n"),
     ("checkpoint", "checkpoint.async = True  (bool)"),
-    ("strategy", "  fsdp2  Fully sharded"),
+    ("strategy", "  fsdp2  Fully sharded (torch fully_shard)"),
     ("tracker", "  console  Progress on the screen"),
     ("experiment", "  smoke "),
     ("experiment.smoke", "  smoke  Ten steps"),

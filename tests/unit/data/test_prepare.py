@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from dtrain.datasets.files import Files
 from dtrain.datasets.stdlib import Stdlib
 from dtrain.errors import DataError
 from dtrain.objectives.auto import Auto
+from dtrain.objectives.classifier import Classifier
 from dtrain.objectives.pretrain import Pretrain
 from dtrain.objectives.sft import SFT
 from dtrain.templates.jinja import Jinja
@@ -81,7 +83,12 @@ def test_texts(tmp_path):
     assert prepared.fill == prepared.num_tokens / (prepared.num_rows * 200) > 0.9
     assert (prepared.num_eval_rows, prepared.num_documents, prepared.pad_id) == (0, 40, 1)
     assert prepared.counts == {"read": 40}
-    assert prepared.lines()[1] == "data: documents: 40 read"
+    first, second = prepared.lines()
+    assert f" tokens, {prepared.num_targets:,} of them targets; 0 rows held out" in first
+    assert second == "data: documents: 40 read"
+    # Where a target is a text, no token is one.
+    of_texts = dataclasses.replace(prepared, objective=Classifier(labels=("a", "b")))
+    assert of_texts.lines()[0].endswith(f"; {prepared.num_tokens:,} tokens; 0 rows held out")
 
 
 def test_chats(tmp_path):

@@ -38,7 +38,7 @@ def test_drawn_where_a_font_has_them_and_where_none_has(tmp_path: Path, monkeypa
     assert drawn(tmp_path / "a.png")[1:] == (list(FOUND.labels) if here else ["label 1", "label 2"])
     monkeypatch.setattr(_plot, "fonts_for", lambda text: None)
     assert drawn(tmp_path / "b.png") == [
-        "step 3\nno font here has these labels: by their place in confusion.json", "label 1", "label 2",
+        "step 3\nno font here has these labels:\nthey are in the order of confusion.json", "label 1", "label 2",
     ]  # fmt: skip
 
 
