@@ -22,6 +22,7 @@ SECTIONS: dict[str, type] = {
     "run": Run, "train": Train, "batch": Batch, "eval": Eval, "checkpoint": Checkpoint, "resume": Resume,
     "export": Export,
 }  # fmt: skip
+NOT_HERE = "not a key of this choice"
 _LARGEST = 2**63 - 1
 _SCALARS = ("device", "device_memory_gb", "plugins")
 
@@ -200,7 +201,7 @@ def _unknown(cls: type, where: Sequence[str], fields: Sequence[str]) -> str:
         return f"dtrain settles this itself; use {ours}"
     if others := _others_with(where[0], getattr(cls, "group", "")):
         few = f"{', '.join(others[:3])}{' and others' * (len(others) > 3)}"
-        return f"not a key of this choice; there is one with {cls.group}={few}"  # type: ignore[attr-defined]
+        return f"{NOT_HERE}; there is one with {cls.group}={few}"  # type: ignore[attr-defined]
     return f"unknown key{_meant(where[0], fields)}"
 
 

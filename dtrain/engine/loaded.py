@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,11 +120,8 @@ def _with_adapter(model: Any, folder: Path, *, merged: bool) -> Any:
     if "score" in (json.loads((folder / CONFIG).read_text()).get("modules_to_save") or []):
         raise ModelError(f"{folder}: an adapter of a model with outputs of its own in place of a vocabulary; `dtrain "
                          f"export RUN --merge --to DIR` makes a whole model, which `dtrain eval` measures")  # fmt: skip
-    # Of kernels and names that nothing here asks for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        tuned: Any = load_adapter(model, folder)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nothing here asks for
+    tuned: Any = load_adapter(model, folder)
     if merged and not is_prompt(folder):
         try:
             return tuned.merge_and_unload(safe_merge=True)

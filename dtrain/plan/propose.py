@@ -12,7 +12,7 @@ from typing import Any
 from dtrain.config.compose import choices, compose, group_choice
 from dtrain.config.schema import Config
 from dtrain.config.spec import AbstractSpec, StrategySpec
-from dtrain.config.validate import packages, validate, validate_spec
+from dtrain.config.validate import NOT_HERE, packages, validate, validate_spec
 from dtrain.errors import ConfigError, PlanError
 from dtrain.plan.machine import Machine, look
 from dtrain.plan.plan import Plan, make_plan, settle_device
@@ -49,10 +49,26 @@ def configure(overrides: Sequence[str], config_dir: Path | None) -> tuple[Config
     problems = list(composed.problems)
     plugins = _typed_plugins(composed.values, overrides, problems)
     problems += _secrets(composed.values)
-    config = validate(composed.values, plugins=plugins, found=problems)
+    try:
+        config = validate(composed.values, plugins=plugins, found=problems)
+    except ConfigError as error:
+        raise ConfigError.of(_with_origin(str(error).splitlines(), composed.chosen, overrides)) from None
     if problems := _by_choice(config, overrides):
         raise ConfigError.of(problems)
     return config, composed.chosen["strategy"]
+
+
+def _with_origin(problems: Sequence[str], chosen: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Of a key that an experiment sets and that is none of what is typed beside it: who says so, and how to be rid of
+    it.
+    """
+    typed = {text.lstrip("+~").partition("=")[0] for text in overrides}
+    found = []
+    for problem in problems:
+        key = problem.partition(":")[0]
+        whose = NOT_HERE in problem and key not in typed and chosen.get("experiment")
+        found.append(f"{problem}; experiment={whose} sets it, ~{key} leaves it out" if whose else problem)
+    return found
 
 
 def _by_choice(config: Config, overrides: Sequence[str]) -> list[str]:

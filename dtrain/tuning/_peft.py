@@ -13,6 +13,7 @@ import dataclasses
 import fnmatch
 import json
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
@@ -99,7 +100,9 @@ def load(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(cast(Any, model), folder)
+        with warnings.catch_warnings():  # of names that peft asks transformers for, and nothing here
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(cast(Any, model), folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: peft does not load it onto this model: {error}") from error
 

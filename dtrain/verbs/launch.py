@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.errors import RunError
+from dtrain.errors import RunError, UserError
 from dtrain.verbs import _overrides
 
 if TYPE_CHECKING:
@@ -208,7 +208,10 @@ def _on(nodes: int, run: RunDir, proposal: Proposal, prepared: Prepared,
 def tell(outcome: Outcome, run: RunDir, settled: Config) -> int:
     """Say how it ended; returns the exit code: of a stop that which has the launcher's cluster start it again."""
     from dtrain.launchers.verdict import explain
+    from dtrain.verbs._report import report
 
+    if outcome.failure is not None and outcome.failure.kind == "user":
+        return report(UserError(outcome.failure.message))
     text = explain(outcome, run)
     print(text, file=sys.stdout if outcome.exit_code == 0 else sys.stderr, flush=True)
     if outcome.exit_code == 0:

@@ -161,6 +161,6 @@ def _attempts(manifest: Mapping[str, Any]) -> list[str]:
     """The last of them, a line each."""
     found = []
     for one in (manifest.get("attempts") or [])[-ATTEMPTS:]:
-        how = f"{one.get('strategy')} on {one.get('size')} ranks"
+        how = f"{one.get('strategy')} on {one.get('size')} rank{'s' * (one.get('size') != 1)}"
         found.append(f"{one['attempt']}: from step {one.get('first_step', 0)}, {how}: {one.get('ended', 'not ended')}")
     return found

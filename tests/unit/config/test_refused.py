@@ -103,6 +103,8 @@ REFUSED = [
     ("strategy=zero3 strategy.gradient_clipping=3", "use train.grad_clip"),
     ("strategy=zero1 strategy.offload_param=cpu", "only for stage 3"),
     ("strategy.stage=3", "strategy.stage: not a key of this choice"),
+    ("experiment=smoke dataset.path=a", "dataset.max_files: not a key of this choice; there is one with dataset=stdlib; "
+     "experiment=smoke sets it, ~dataset.max_files leaves it out"),
     ("strategy=zero3 strategy.stage=2", "strategy.stage=2: the choice says it; type strategy=zero1, zero2 or zero3"),
     ("experiment=medical_qa dataset.sources.a.path=a", "dataset.sources: not a key of this choice; there is one with dataset=mixture"),
     # code
@@ -152,6 +154,7 @@ def test_all_problems_at_once() -> None:
 
 
 ACCEPTED = [
+    ("experiment=smoke dataset=hub dataset.name=a ~dataset.max_files", lambda c: c.dataset.name == "a"),
     ("+strategy=zero3", lambda c: c.strategy.stage == 3),
     ("strategy=zero3", lambda c: c.strategy.stage == 3),
     ("strategy='zero3'", lambda c: c.strategy.stage == 3),

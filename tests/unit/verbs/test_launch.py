@@ -14,7 +14,8 @@ import pytest
 from dtrain import cli
 from dtrain.errors import RunError
 from dtrain.plan import propose as planning
-from dtrain.runs import RunDir, lock
+from dtrain.runs import Outcome, RunDir, lock
+from dtrain.runs.failures import Failure
 from dtrain.verbs import _told, launch
 from tests.e2e.command import SMALL, write_texts
 
@@ -129,3 +130,18 @@ def test_one_that_plans_ends_once_it_knows_what_it_is(
     assert first == "SIGUSR1: it ends as soon as it has planned; again: at once"
     assert second.endswith("the batch script is asked to queue the job again")
     assert run.requeue.read_text() == "7.0\n"
+
+
+def test_what_a_rank_finds_wrong_in_the_input_is_told_as_any_such(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "tuning.targets=q: matches no layer\n  near it: q_proj\ntuning.modules_to_save=x: no such module"
+    failure = Failure(rank=0, host="h", local_rank=0, phase="load", step=0, kind="user", type="ModelError", message=said,
+                      traceback="Traceback ...", time_ns=0, log="logs/rank-0.log")  # fmt: skip
+    outcome: Any = Outcome(kind="user", attempt=0, failure=failure)
+    settled: Any = None  # only of a run that stopped
+    assert launch.tell(outcome, run, settled) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "2 problems:", "error: tuning.targets=q: matches no layer", "  near it: q_proj",
+        "error: tuning.modules_to_save=x: no such module",
+    ]  # fmt: skip
