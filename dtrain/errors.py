@@ -65,6 +65,12 @@ class DivergedError(DtrainError):
     """Ranks that are to hold the same values do not."""
 
 
+class LeapError(DtrainError):
+    """A loss far above those before it, found before the update."""
+
+    kind = "leap"
+
+
 class NonFiniteError(DtrainError):
     """A loss or gradient that is not a number, found before the update."""
 

@@ -90,6 +90,11 @@ class Train:
     compare_every: Annotated[int, Field(ge=0)] = 100
     """Steps between two comparisons, bit by bit, of what several ranks hold a copy of: weights and optimizer state in
     DDP and between replicas, and weights that are not trained. Done before each save too; 0 is never."""
+    max_leap: Annotated[float, Field(gt=0)] | None = None
+    """End the run before the update of a step whose loss is more than so much above the mean of the 32 steps before,
+    which takes 8 to be one; null is never."""
+    leave_out: tuple[Positive, ...] = ()
+    """Steps, as trackers number them, whose rows are taken and not learned from: those of a leap."""
     on_oom: Literal["stop", "smaller_micro_batch"] = "stop"
     """Where memory runs out in a step: end the run, or do that step again in micro-batches of half the size, and go on
     with those. The global batch stays as it is."""
@@ -100,6 +105,10 @@ class Train:
                     f"set the other to null"]  # fmt: skip
         if self.steps is None and self.epochs is None:
             return ["train.steps: not given, and train.epochs neither; set one of them"]
+        if self.steps is not None and (beyond := [step for step in self.leave_out if step > self.steps]):
+            return [f"train.leave_out={beyond}: beyond train.steps={self.steps}; name steps of the run"]
+        if len(set(self.leave_out)) == self.steps:
+            return [f"train.leave_out: all of train.steps={self.steps}, which leaves nothing to learn; name fewer"]
         return []
 
 

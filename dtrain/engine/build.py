@@ -195,6 +195,8 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
         eval_every=config.eval.every_steps,
         eval_max_rows=config.eval.max_rows,
         compare_every=config.train.compare_every,
+        max_leap=config.train.max_leap,
+        leave_out=frozenset(config.train.leave_out),
         flops_per_token=config.model.figures().flops_per_token(
             config.dataset.max_length, sum(math.prod(one.shape) for one in parameters.values())
         ),

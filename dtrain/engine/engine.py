@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 import sys
 import time
@@ -19,8 +20,8 @@ from dtrain.engine.evaluate import evaluate
 from dtrain.engine.rescue import NO_RESCUE, AbstractRescue
 from dtrain.engine.samples import ToldToStop
 from dtrain.engine.state import State
-from dtrain.engine.step import Objective, StepResult, train_step
-from dtrain.errors import DivergedError, NonFiniteError, StorageError
+from dtrain.engine.step import Limit, Objective, StepResult, train_step
+from dtrain.errors import DivergedError, LeapError, NonFiniteError, StorageError
 from dtrain.failpoints import reach
 from dtrain.trackers.base import AbstractTracker, Confusion, EvalReport, SamplesReport, StepReport
 
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     Begin = Callable[[Callable[[str], None], Callable[[Sequence[int]], None]], Before | None]
 
 
+LEAST_RECENT, MOST_RECENT = 8, 32
+"""Steps whose mean loss a leap is told by."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Course:
     """What the loop follows."""
@@ -65,6 +70,10 @@ class Course:
     eval_max_rows: int | None
     compare_every: int
     """Steps between comparisons of what several ranks hold; 0 is never."""
+    max_leap: float | None
+    """How far the loss of a step that is updated by may be above the mean of those before it."""
+    leave_out: frozenset[int]
+    """Steps, counted from 1, whose rows are not learned from."""
     flops_per_token: float
     peak_flops: float | None
     """Of one device, dense; None where unknown."""
@@ -138,17 +147,24 @@ class Engine:
         )  # fmt: skip
         if loader.line:
             self._note(loader.line)
+        learned = {step for step in course.leave_out if step <= self._state.step}.difference(self._state.left_out)
+        if learned:
+            self._note(f"train.leave_out={sorted(learned)}: learned from before step {self._state.step}, where this "
+                       f"goes on; to leave them out, go on from a checkpoint before them")  # fmt: skip
         self._before = self._begin(self._note, lambda ids: progress.at("begin", rows=ids))
         self._agree()
         try:
             self._look_if_due()
             while self._state.step < course.steps and not self._stop:
-                self._train_one(loader)
+                if self._state.step + 1 in course.leave_out:
+                    self._leave_out(loader)
+                else:
+                    self._train_one(loader)
                 self._compare_if_due()
                 self._look_if_due()
                 self._save_if_due()
-        except (NonFiniteError, DivergedError):  # on all ranks; what is being written is of an earlier step, and good
-            self._saver.wait()
+        except (NonFiniteError, LeapError, DivergedError):  # on all ranks
+            self._saver.wait()  # what is being written is of an earlier step, and good
             raise
         if self._stop or (saving and saving.at_end):
             self._save()
@@ -160,6 +176,30 @@ class Engine:
         loader.close()
         left = self._state.step < course.steps or self._eval_due() or self._samples_due()
         return Result(self._state, why(self._stop) if self._stop and left else None)
+
+    def _leave_out(self, loader: AbstractLoader) -> None:
+        """Take the rows of a step, and learn nothing from them. Collective."""
+        state = self._state
+        self._progress.at("data", state.step)
+        loader.window(state.samples)
+        num = self._course.batch.global_batch
+        self._state = dataclasses.replace(state, step=state.step + 1, samples=state.samples + num,
+                                          left_out=(*state.left_out, state.step + 1))  # fmt: skip
+        self._note(f"step {state.step + 1}: left out, as train.leave_out says; nothing is learned from its {num} rows")
+        self._agree()
+        if not self._saver.failed:  # of a failure all ranks must hear at the same step
+            self._hear(self._saver.finished())
+
+    def _limit(self) -> Limit | None:
+        """Of the loss of the next step; None where any is taken."""
+        leap, recent = self._course.max_leap, self._state.recent
+        if leap is None or len(recent) < LEAST_RECENT:
+            return None
+        mean, step = math.fsum(recent) / len(recent), self._state.step + 1
+        left_out = ",".join(map(str, sorted({*self._course.leave_out, step})))
+        return Limit(mean + leap, f"more than train.max_leap={leap:g} above {mean:.4f}, the mean of the {len(recent)} "
+                     f"steps before; the same command with train.leave_out=[{left_out}] goes on without the rows of "
+                     f"step {step}")  # fmt: skip
 
     def _train_one(self, loader: AbstractLoader) -> None:
         course, state = self._course, self._state
@@ -175,8 +215,10 @@ class Engine:
         if alongside:
             alongside.begin(state.step + 1, course.steps)
         try:
-            result = train_step(batches, self._strategy, self._forward, self._comm, lr=lr, before=self._before,
-                                updating=self._rescue.updating, term=alongside.term if alongside else None)  # fmt: skip
+            result = train_step(
+                batches, self._strategy, self._forward, self._comm, lr=lr, before=self._before,
+                updating=self._rescue.updating, limit=self._limit(), term=alongside.term if alongside else None,
+            )  # fmt: skip
             if alongside and alongside.after(state.step + 1, course.steps, self._strategy.shards, self._comm):
                 self._strategy.refresh()
         except Exception as error:
@@ -189,6 +231,7 @@ class Engine:
             state, step=state.step + 1, samples=state.samples + course.batch.global_batch,
             tokens=state.tokens + result.num_tokens, targets=state.targets + result.num_targets,
             first_loss=result.loss if state.first_loss is None else state.first_loss, last_loss=result.loss,
+            recent=() if course.max_leap is None else (*state.recent, result.loss)[-MOST_RECENT:],
         )  # fmt: skip
         report = self._report(lr, result, began, data_s, loader)
         for tracker in self._trackers:

@@ -43,6 +43,10 @@ class State:
     targets: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    recent: tuple[float, ...] = ()
+    """Losses of the last steps, where a leap is looked for."""
+    left_out: tuple[int, ...] = ()
+    """Steps whose rows were not learned from."""
     eval_step: int | None = None
     """When the held-out rows were last looked at, and the loss on them."""
     eval_loss: float | None = None
@@ -58,4 +62,5 @@ class State:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> State:
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields})
+        known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
+        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in ("recent", "left_out")}})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dtrain.comm import AbstractComm
-from dtrain.errors import NonFiniteError
+from dtrain.errors import LeapError, NonFiniteError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,16 +37,26 @@ class StepResult:
     """Of the objective, means over targets."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limit:
+    """Of the loss of a step that is updated by."""
+
+    most: float
+    words: str
+    """Why it is that, and what to do, for the error."""
+
+
 def train_step(  # noqa: PLR0913 - it is all that a step is made of
                batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
                *, lr: float, before: Before | None = None,
-               updating: Callable[[], None] = lambda: None,
+               updating: Callable[[], None] = lambda: None, limit: Limit | None = None,
                term: Callable[[], tuple[str, torch.Tensor] | None] | None = None) -> StepResult:  # fmt: skip
     """Forward and backward over this rank's micro-batches, then one update. Collective. `before` sees the micro-batches
     first; `updating` hears that the update begins; `term`, asked after the last forward, is what the tuning adds to the
     mean loss, the same on every rank, and is told besides it.
 
-    Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number.
+    Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number, and LeapError
+    where the loss is above `limit`.
     """
     counts = [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)]
     num_targets, num_tokens = (int(n) for n in comm.sum(counts))
@@ -73,6 +83,10 @@ def train_step(  # noqa: PLR0913 - it is all that a step is made of
     total, *all_extras = comm.sum([sum(sums), *further_sums])
     if not math.isfinite(total):
         raise NonFiniteError(_blame("loss", batches, sums, comm))
+    mean_loss = total / max(1, num_targets)
+    if limit is not None and mean_loss > limit.most:
+        highest = _highest(batches, sums, comm)
+        raise LeapError(f"the loss is {mean_loss:.4f}, {limit.words}. Nothing was updated; {highest}")
     updating()
     update = strategy.step(lr)
     if not math.isfinite(update.grad_norm) and not update.skipped:
@@ -80,7 +94,15 @@ def train_step(  # noqa: PLR0913 - it is all that a step is made of
     means = {name: value / max(1, num_targets) for name, value in zip(names, all_extras, strict=True)}
     if added is not None:
         means[added[0]] = float(added[1].detach())
-    return StepResult(total / max(1, num_targets), update.grad_norm, num_targets, num_tokens, update.skipped, means)
+    return StepResult(mean_loss, update.grad_norm, num_targets, num_tokens, update.skipped, means)
+
+
+def _highest(batches: Sequence[Batch], sums: Sequence[float], comm: AbstractComm) -> str:
+    """Which micro-batch has the highest loss. Collective."""
+    mine = [(value / batch.num_targets, comm.rank, list(batch.sample_ids))
+            for batch, value in zip(batches, sums, strict=True) if batch.num_targets]  # fmt: skip
+    value, rank, ids = max(one for text in comm.gather(json.dumps(mine)) for one in json.loads(text))
+    return f"the highest of a micro-batch is {value:.4f}, on rank {rank}, of rows {ids} of the prepared data"
 
 
 def _blame(what: str, batches: Sequence[Batch], sums: Sequence[float], comm: AbstractComm) -> str:

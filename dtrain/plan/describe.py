@@ -37,6 +37,7 @@ def _settled(config: Config, plan: Plan) -> list[str]:
     steps = (
         f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs, in whole steps once the rows are counted"
     )
+    steps += f", {len(train.leave_out)} of them left out" if train.leave_out else ""
     recomputed = ", activations recomputed" if train.activation_checkpointing else ""
     clip = f"gradient norm at most {train.grad_clip:g}" if train.grad_clip else "gradients not clipped"
     dtype = plan.precision if config.export.dtype == "auto" else config.export.dtype

@@ -46,7 +46,7 @@ class Failure:
     knows."""
     step: int | None
     kind: str
-    """user, worker, hang, nonfinite, oom or storage."""
+    """user, worker, hang, nonfinite, leap, oom or storage."""
     type: str
     """The exception's class, or the signal's name."""
     message: str

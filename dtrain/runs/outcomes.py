@@ -21,7 +21,7 @@ class Outcome:
     """What `outcome.json` says. The exit code of a launcher means nothing; this does."""
 
     kind: str
-    """done, stopped, or why it failed: user, worker, hang, nonfinite, oom, storage, lost, launcher."""
+    """done, stopped, or why it failed: user, worker, hang, nonfinite, leap, oom, storage, lost, launcher."""
     attempt: int
     step: int | None = None
     """The last step that counts; None where it is not known."""

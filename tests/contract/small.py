@@ -85,12 +85,13 @@ def reference(
     *,
     updated: Callable[[int], None] = lambda done: None,
     rows: Sequence[Row] = (),
+    leave_out: Sequence[int] = (),
 ) -> Trained:
     """What the plain loop makes of it. `after` each step is shown how many are done, the model and the optimizer;
     `updated` hears it while the gradients are still there.
     `prepare`: chooses what of the model is trained, and may give another in its place. `mean_loss` of a model and rows
     is the cross-entropy of their targets where it is not given. `rows`: those to train on in this order; where there
-    are none, `folder/train.arrow` in the order of its epochs.
+    are none, `folder/train.arrow` in the order of its epochs. `leave_out`: steps, from 1, that learn nothing.
     """
     mean_loss = mean_loss or _mean_loss
     from transformers import AutoModelForCausalLM
@@ -109,6 +110,8 @@ def reference(
             ids.append(list(range(step * recipe.global_batch, (step + 1) * recipe.global_batch)))
         else:
             ids.append([int(i) for i in global_batch_ids(recipe.seed, step, recipe.global_batch, len(store))])
+        if step + 1 in leave_out:
+            continue
         loss = mean_loss(model, [rows[i] if rows else store.row(i) for i in ids[-1]])
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)))

@@ -48,6 +48,10 @@ REFUSED = [
     ("experiment=nope", "experiment=nope: no such choice"),
     ("experiment.train.steps=3", "experiment: a group, chosen as a whole"),
     ("model={hidden:3}", "model={hidden:3}: takes one choice"),
+    # steps to leave out
+    ("train.leave_out=[121,3]", "train.leave_out=[121]: beyond train.steps=120; name steps of the run"),
+    ("train.leave_out=[0]", "train.leave_out=0: not at least 1"),
+    ("train.max_leap=0", "train.max_leap=0: not more than 0"),
     # not overrides
     ("a", "a: not an override; write key=value"),
     ("my.yaml", "write key=value, or, for a file of them, FOLDER/experiment/NAME.yaml, --config-dir FOLDER experiment=NAME"),

@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.config import frozen
 from dtrain.config.spec import ObjectiveSpec
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 from dtrain.objectives.dpo import DPO
 from dtrain.objectives.kto import KTO
 from dtrain.objectives.orpo import ORPO
@@ -137,6 +137,13 @@ def test_world_from_the_environment() -> None:
     assert World.from_env("cpu", {}).size == 1
     with pytest.raises(Exception, match="RANK set in the environment but not WORLD_SIZE, LOCAL_RANK"):
         World.from_env("cpu", {"RANK": "0"})
+
+
+def test_a_step_beyond_the_epochs_is_not_left_out() -> None:
+    proposal = propose(["train.epochs=1", "train.steps=null", "train.leave_out=[7]"], None)
+    settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 7 * 16)
+    with pytest.raises(ConfigError, match=r"train.leave_out=\[7\]: beyond train.steps=6"):
+        settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 6 * 16)
 
 
 @pytest.mark.parametrize(("objective", "typed", "lr"), [
