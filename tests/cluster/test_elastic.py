@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -54,10 +55,10 @@ class Machines:
         (folder / "site" / "sitecustomize.py").write_text(RECORD)
         write_texts(folder / "texts.jsonl")
 
-    def start(self, *typed: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *typed: str, inside: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
         with (self.folder / f"out-{len(self.started)}").open("w") as out:
             one = subprocess.Popen(
-                [sys.executable, "-m", "dtrain", "launch", *typed], cwd=self.folder, text=True, stdout=out,
+                [*inside, sys.executable, "-m", "dtrain", "launch", *typed], cwd=self.folder, text=True, stdout=out,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": f"{self.folder / 'site'}:{ROOT}", "OMP_NUM_THREADS": "1", **env},
             )  # fmt: skip
@@ -146,6 +147,50 @@ def test_a_run_goes_on_with_whoever_is_there(machines: Machines, who: str) -> No
             assert len({place for place, _ in ranks}) == 1
             assert [one for _, ids in ranks for one in ids] == expected[ranks[0][0]]
     assert workers_of(run.path) == []
+    assert list(run.nodes.glob("*")) == []
+
+
+NAMES = [f"dtrain-{os.getpid()}-{number}" for number in (1, 2)]
+
+
+def ip(*words: str) -> int:
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def namesakes() -> Iterator[list[list[str]]]:
+    """What a command is started by in two places with one host name, each with a network and pids of its own."""
+    if shutil.which("ip") is None or shutil.which("unshare") is None or ip("netns", "add", NAMES[0]):
+        pytest.skip("networks of their own need root, and `ip` and `unshare`: apt-get install iproute2 util-linux")
+    try:
+        made = [
+            ip("netns", "add", NAMES[1]),
+            ip("link", "add", "dt1", "netns", NAMES[0], "type", "veth", "peer", "name", "dt2", "netns", NAMES[1]),
+        ]
+        for number, name in enumerate(NAMES, 1):
+            made += [
+                ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", f"dt{number}"),
+                ip("-n", name, "link", "set", f"dt{number}", "up"),
+                ip("-n", name, "link", "set", "lo", "up"),
+            ]
+        assert not any(made)
+        yield [["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
+               for name in NAMES]  # fmt: skip
+    finally:
+        for name in NAMES:
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_machines_of_one_name_meet_where_the_leaders_address_is_said(
+    machines: Machines, namesakes: list[list[str]]
+) -> None:
+    typed = [*TYPED, "train.steps=12", "schedule=constant", "launcher.last_call_s=20", "launcher.host=10.77.0.1"]
+    both = [machines.start(*typed, inside=inside) for inside in namesakes]
+    assert [one.wait(90) for one in both] == [0, 0], [machines.said(i) for i in range(2)]
+    assert "node 1; 10.77.0.1 leads" in machines.said(1)
+    run = RunDir(machines.folder / "runs" / "elastic")
+    assert [one["size"] for one in run.read_manifest()["attempts"]] == [2]
     assert list(run.nodes.glob("*")) == []
 
 

@@ -147,6 +147,24 @@ def test_whatever_becomes_of_it_on_the_way_it_ends_all_the_same(cluster: dict[st
     assert list(run.nodes.iterdir()) == []
 
 
+def test_a_job_that_is_told_while_it_prepares_its_data_is_queued_again(cluster: dict[str, str], folder: Path) -> None:
+    """By its script, as before the time limit, when no rank is there to look for the file; and by a signal to all."""
+    large = folder / "large.jsonl"
+    large.write_text((folder / "texts.jsonl").read_text() * 1000)
+    typed = [f"dataset.path={large.name}", "launcher.prepare=job"]
+    for name, how, why in (("one", ["--batch"], "the file STOP"), ("two", [], "SIGUSR1")):
+        job, _ = submit(cluster, folder, *typed, f"run.name={name}")
+        run = RunDir(folder / "runs" / name)
+        until(lambda job=job, run=run: "data: preparing" in log(run, job), 60, lambda job=job, run=run: log(run, job))
+        subprocess.run(["scancel", "--signal=USR1", *how, job], env={**os.environ, **cluster}, check=True)
+        until(lambda job=job: state(cluster, job) == "PENDING", 30, lambda job=job, run=run: log(run, job))
+        said = log(run, job)
+        subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=True)
+        assert f"{why}: ended while no rank ran" in said
+        assert f"job {job} is queued again" in said
+        assert run.attempts() == []
+
+
 def test_a_sweep_is_an_array_whose_tasks_are_queued_again_by_themselves(cluster: dict[str, str], folder: Path) -> None:
     done = dtrain(folder, "launch", "-m", *TYPED, "launcher.nodes=1", "train.steps=300", "run.seed=1,2", "run.name=a b",
                   env=cluster)  # fmt: skip
