@@ -113,12 +113,16 @@ def _table(plan: Plan, unit: _Unit) -> list[str]:
     """A line for each strategy; columns in which all have nothing are left out."""
     rows = {name: _row(memory) for name, memory in plan.memory.items()}
     shown = [i for i, column in enumerate(_COLUMNS) if column == "total" or any(row[i] for row in rows.values())]
+    cells = {name: [f"{row[i] / unit.bytes:,.2f}" for i in shown] for name, row in rows.items()}
+    # As narrow as can be: a terminal of 80 columns has room for them all.
+    widths = [2 + max(map(len, column)) for column in zip([_COLUMNS[i] for i in shown], *cells.values(), strict=True)]
     width = max(map(len, rows)) + 2
-    lines = [" " * width + "".join(f"{_COLUMNS[i]:>12}" for i in shown)]
-    for name, row in rows.items():
+    lines = [" " * width + "".join(f"{_COLUMNS[i]:>{wide}}" for i, wide in zip(shown, widths, strict=True))]
+    for name, found in cells.items():
         mark = "*" if name == plan.strategy else " "
         verdict = "" if plan.memory[name].total <= plan.capacity_bytes else "  does not fit"
-        lines.append(f"{mark} {name:<{width - 2}}" + "".join(f"{row[i] / unit.bytes:>12.2f}" for i in shown) + verdict)
+        figures = "".join(f"{cell:>{wide}}" for cell, wide in zip(found, widths, strict=True))
+        lines.append(f"{mark} {name:<{width - 2}}{figures}{verdict}")
     return lines
 
 
