@@ -64,8 +64,8 @@ def test_a_source_that_fails_on_the_way_ends_the_run_with_its_place(tmp_path: Pa
                   "dataset.streaming=true", "launcher.procs=1", "strategy=ddp",
                   env={"PYTHONPATH": f"{Path(__file__).resolve().parents[2]}:{tmp_path}"})  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == ("dataset.function=mine:rows: OSError after 300 rows: the database is gone "
-                                            f"({tmp_path / 'mine.py'}:6)")  # fmt: skip
+    assert done.stderr.splitlines()[-1] == ("error: dataset.function=mine:rows: OSError after 300 rows: the database "
+                                            f"is gone ({tmp_path / 'mine.py'}:6)")  # fmt: skip
 
 
 @pytest.mark.parametrize(("typed", "said"), [

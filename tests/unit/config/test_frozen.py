@@ -11,8 +11,8 @@ from dtrain.config.spec import GROUPS
 from dtrain.errors import ConfigError
 from dtrain.plan.propose import configure
 
+RECIPES = ("booking_bot", "continue_pretraining", "identity", "instruct", "medical_qa", "prefer", "sentiment")
 NEEDED = {
-    "experiment=booking_bot": ["dataset.path=somewhere.jsonl"],
     "dataset=files": ["dataset.path=somewhere.jsonl"],
     "dataset=hub": ["dataset.name=somebody/something"],
     "dataset=mixture": ["dataset.sources={a:{dataset:stdlib}}"],
@@ -21,6 +21,7 @@ NEEDED = {
     "launcher=k8s": ["launcher.image=example.org/dtrain:1", "launcher.claim=runs"],
     "model=hf": ["model.path=someone/something"],
     "model=python": ["model.function=tests.net:make", "plugins=[tests]"],
+    **{f"experiment={name}": ["dataset.path=somewhere.jsonl"] for name in RECIPES},
 }
 CHOICES = [f"{group}={name}" for group, names in choices().items() for name in names]
 

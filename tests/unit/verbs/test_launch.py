@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ from tests.e2e.command import SMALL, write_texts
 
 TYPED = ["launch", *SMALL, "dataset.path=texts.jsonl", "strategy=ddp", "launcher.procs=1", "run.name=first"]
 TOLD = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """Signals that whoever started the tests ignores, as nohup does."""
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in TOLD}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture
