@@ -181,7 +181,8 @@ class _Job:
         self._passed_to: set[int] = set()
         self._failed_at: float | None = None
         self._beat_at = self._team_at = self._watched_at = time.monotonic()
-        self._hung = self._stopping = False
+        self._hung_at: float | None = None
+        self._stopping = False
         self._first_known = team is None
 
     @property
@@ -197,6 +198,11 @@ class _Job:
     def _patience_s(self) -> float:
         """A rank that stops, or has no others to wait for, may finish what it tells its trackers."""
         return STOPPING_S if self._alone or self.told is not None else OTHERS_S
+
+    @property
+    def _others_look_s(self) -> float:
+        """What other machines get to look at their ranks of a hang, before those fail because ours have ended."""
+        return 2 * WATCH_S if self.team is not None else 0.0
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Only takes note: the loop acts."""
@@ -235,7 +241,7 @@ class _Job:
 
     def _look(self) -> None:
         assert self.process is not None
-        if self.forced or self._hung:
+        if self.forced or (self._hung_at is not None and time.monotonic() - self._hung_at > self._others_look_s):
             self.process.kill()
             return
         if self.told is not None:
@@ -262,12 +268,14 @@ class _Job:
 
     def _look_at_ranks(self) -> None:
         """A hang here, or one that another machine has found, is written down; it ends the ranks."""
+        if self._hung_at is not None:
+            return
         stale = self.watch.look()
-        elsewhere = self.trouble is not None and self.run.hang_dir(self.attempt).is_dir()
+        elsewhere = self.team is not None and self.run.hang_dir(self.attempt).is_dir()
         if (stale or elsewhere) and self._failed_at is None:
-            self._hung = True
             node = self.team.node if self.team else 0
             _hang.record(self.run, self.attempt, node, self.pulses, self.watch.places(), stale)
+            self._hung_at = time.monotonic()
 
     def _look_at_team(self, team: AbstractTeam, agent: int) -> None:
         team.beat()

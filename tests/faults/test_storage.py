@@ -383,7 +383,7 @@ def test_a_folder_that_the_ranks_do_not_share_is_refused(folder: Path) -> None:
     ended = launch(folder, run.name, f"train.steps={STEPS}", fault=Fault(before=_sees_another_folder))
     assert ended.code == 2, ended.said
     (line,) = ended.err.splitlines()  # as the first rank to fail calls the folder
-    assert line.startswith(f"run.dir: ranks [1] do not see what rank 0 writes to {run.path}/")
+    assert line.startswith(f"error: run.dir: ranks [1] do not see what rank 0 writes to {run.path}/")
     assert line.endswith("; run.dir must be on a file system that all nodes share")
     assert unfinished(run) == []
 
