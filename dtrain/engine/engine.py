@@ -160,6 +160,8 @@ class Engine:
                     self._leave_out(loader)
                 else:
                     self._train_one(loader)
+                if not self._saver.failed:  # of a failure all ranks must hear at the same step
+                    self._hear(self._saver.finished())
                 self._compare_if_due()
                 self._look_if_due()
                 self._save_if_due()
@@ -187,8 +189,6 @@ class Engine:
                                           left_out=(*state.left_out, state.step + 1))  # fmt: skip
         self._note(f"step {state.step + 1}: left out, as train.leave_out says; nothing is learned from its {num} rows")
         self._agree()
-        if not self._saver.failed:  # of a failure all ranks must hear at the same step
-            self._hear(self._saver.finished())
 
     def _limit(self) -> Limit | None:
         """Of the loss of the next step; None where any is taken."""
@@ -240,8 +240,6 @@ class Engine:
                 tracker.note(
                     f"step {state.step}: gradients overflowed in fp16; nothing was updated, the loss scale is lowered"
                 )
-        if not self._saver.failed:  # of a failure all ranks must hear at the same step
-            self._hear(self._saver.finished())
 
     def _compare_if_due(self) -> None:
         every = self._course.compare_every

@@ -25,8 +25,9 @@ from typing import TextIO
 from dtrain.config.spec import Call
 from dtrain.errors import RunError, UserError
 from dtrain.launchers._orders import HOSTS, Orders
-from dtrain.launchers.supervise import SAME_PRESS_S, caught
+from dtrain.launchers.supervise import SAME_PRESS_S
 from dtrain.runs import RunDir, die_with_parent
+from dtrain.runs.beside import caught
 from dtrain.runs.files import read_json, write_json
 from dtrain.runs.hints import hint_of
 from dtrain.runs.host import HOST

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -23,6 +22,7 @@ from dtrain.launchers._processes import NODE, sweep, workers
 from dtrain.launchers._watch import HangAfter, Watch
 from dtrain.launchers.verdict import NodeEnd, judge_all
 from dtrain.runs import Outcome, RunDir, die_with_parent
+from dtrain.runs.beside import caught
 from dtrain.runs.lock import BEAT_S
 from dtrain.runs.process import MARK
 from dtrain.runs.pulse import FOLDER, Place
@@ -138,21 +138,6 @@ def _places_of(run: RunDir) -> str:
 def _to_stderr(line: str) -> None:
     # On a terminal the run's own lines are redrawn in place, two of them: step out of their way.
     sys.stderr.write(f"\n{line}\n\n" if sys.stderr.isatty() else line + "\n")
-
-
-@contextmanager
-def caught(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM, SIGUSR1 and, but under nohup, SIGHUP are for `handler`. To be called in the main thread."""
-    before = {}
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # under nohup
-        before[signum] = signal.signal(signum, handler)
-    try:
-        yield
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
 
 
 class _Job:

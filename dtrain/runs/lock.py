@@ -9,13 +9,13 @@ import json
 import os
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dtrain.errors import RunError
+from dtrain.runs.beside import every
 from dtrain.runs.host import pids
 
 NAME = ".lock"
@@ -149,19 +149,13 @@ def beat(run_dir: Path) -> None:
 @contextmanager
 def beating(run_dir: Path) -> Iterator[None]:
     """Beat while the block is busy with what may take longer than SILENT_S."""
-    done = threading.Event()
 
-    def go_on() -> None:
-        while not done.wait(BEAT_S):
-            beat(run_dir)
+    def go_on() -> bool:
+        beat(run_dir)
+        return False
 
-    thread = threading.Thread(target=go_on, daemon=True)
-    thread.start()
-    try:
+    with every(BEAT_S, go_on):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def check(run_dir: Path) -> None:

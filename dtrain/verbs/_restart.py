@@ -94,7 +94,7 @@ def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callab
 @contextmanager
 def _told() -> Iterator[list[int]]:
     """The signals that come meanwhile."""
-    from dtrain.launchers.supervise import caught
+    from dtrain.runs.beside import caught
 
     told: list[int] = []
 

@@ -77,7 +77,7 @@ def _hand_over(argv: list[str]) -> str:
 
 def _run(argv: list[str]) -> int:
     """Run the script here; the first signal has the run save and end, by the script's own trap, another one ends it."""
-    from dtrain.launchers.supervise import caught
+    from dtrain.runs.beside import caught
 
     process = subprocess.Popen(argv, start_new_session=True)
     told: list[int] = []

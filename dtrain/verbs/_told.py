@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from dtrain.runs.beside import caught, every
 from dtrain.runs.outcomes import BY_SCHEDULER, STOP_FILE
 
 if TYPE_CHECKING:
@@ -52,25 +53,19 @@ class Wish:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """The file STOP counts too, which a batch script makes before its time is over."""
-        main, done = threading.get_ident(), threading.Event()
+        main = threading.get_ident()
 
-        def look() -> None:
-            while not done.wait(LOOK_S):
-                if self._is_asked():
-                    self._from_file = True
-                    signal.pthread_kill(main, signal.SIGUSR1)  # also where the main thread sleeps
-                    return
+        def look() -> bool:
+            if self._is_asked():
+                self._from_file = True
+                signal.pthread_kill(main, signal.SIGUSR1)  # also where the main thread sleeps
+            return self._from_file
 
         if self._is_asked():
             self._from_file = True
             self._end(STOP_FILE)
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
+        with every(LOOK_S, look):
             yield
-        finally:
-            done.set()
-            thread.join()
 
     def _is_asked(self) -> bool:
         """Whether there is a file STOP that is new, or that the script of this start has made."""
@@ -98,15 +93,8 @@ def heeded() -> Iterator[Wish]:
     keeps it from signals that it has no handler for.
     """
     wish = Wish()
-    taken = [signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        taken.append(signal.SIGHUP)
-    before = {signum: signal.signal(signum, wish.on_signal) for signum in taken}
-    try:
+    with caught(wish.on_signal, (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)):
         yield wish
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
 
 
 def _say(line: str) -> None:

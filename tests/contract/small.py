@@ -172,6 +172,7 @@ class Record:
     def __init__(self) -> None:
         self.reports: list[Any] = []
         self.evals: list[Any] = []
+        self.notes: list[str] = []
 
     def step(self, report: Any) -> None:
         self.reports.append(report)
@@ -179,7 +180,8 @@ class Record:
     def eval(self, report: Any) -> None:
         self.evals.append(report)
 
-    def note(self, line: str) -> None: ...
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
 
 def stream_in(folder: Path) -> Any:

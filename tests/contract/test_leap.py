@@ -24,15 +24,6 @@ RECIPE = Recipe(6, steps=14, lr=1e-4)
 SAVED = 4
 
 
-class _Notes(Record):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
-
-
 class Part(NamedTuple):
     """Of a run, as one rank saw it."""
 
@@ -43,7 +34,7 @@ class Part(NamedTuple):
 
 
 def _part(small: Path, typed: list[str], root: Path, *, resume: Path | None = None) -> Part:
-    built, record, error = make_built(small, typed, resume=[] if resume is None else [resume]), _Notes(), ""
+    built, record, error = make_built(small, typed, resume=[] if resume is None else [resume]), Record(), ""
     saver = Saver(root, built.config.checkpoint, built.comm.sibling())
     saving = Saving(saver, built.describe({}, {"size": built.comm.size}), SAVED, at_end=False, stop_on_error=True)
     try:

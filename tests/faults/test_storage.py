@@ -226,15 +226,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Notes(Record):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
-
-
 def _saving(built: Any, root: Path) -> Saving:
     saver = Saver(root, built.config.checkpoint, built.comm.sibling())
     return Saving(saver, built.describe({}, {"size": built.comm.size}), 1, at_end=True, stop_on_error=False)
@@ -244,7 +235,7 @@ def _on_a_slow_disk(small: Path, root: Path, typed: list[str]) -> dict[str, Any]
     from dtrain.engine.state import Progress
 
     os.environ[VARIABLE] = "ckpt.tensors:sleep=0.15"
-    built, notes = make_built(small, typed), Notes()
+    built, notes = make_built(small, typed), Record()
     writing, places = [0], set()
     plain = HostBuffer.take
 
@@ -307,7 +298,7 @@ def _cannot_clean_up(small: Path, root: Path, typed: list[str]) -> list[str]:
 
     os.environ[VARIABLE] = "ckpt.manifest:full"
     saver.discard = discard
-    built, notes = make_built(small, typed), Notes()
+    built, notes = make_built(small, typed), Record()
     built.engine.run([notes], Progress(), _saving(built, root))
     return notes.notes
 
@@ -323,7 +314,7 @@ def _not_finite(small: Path, root: Path, typed: list[str]) -> str:
     from dtrain.errors import NonFiniteError
 
     os.environ[VARIABLE] = "ckpt.tensors:sleep=0.3"
-    built, notes = make_built(small, typed), Notes()
+    built, notes = make_built(small, typed), Record()
     objective = built.engine._objective
 
     def breaks(module: Any, batch: Any) -> Any:
@@ -391,7 +382,7 @@ def test_a_folder_that_the_ranks_do_not_share_is_refused(folder: Path) -> None:
 def _saves_elsewhere(small: Path, root: Path, typed: list[str]) -> list[str]:
     from dtrain.engine.state import Progress
 
-    built, notes = make_built(small, typed), Notes()
+    built, notes = make_built(small, typed), Record()
     built.engine.run([notes], Progress(), _saving(built, root / str(built.comm.rank)))
     return notes.notes
 
