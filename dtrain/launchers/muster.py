@@ -122,8 +122,8 @@ class Leader:
         self._run, self._gathering, self._num_others = run, gathering, num_others
         self._digest, self._holder, self._say = digest, holder, say
         self._members: list[_Member] = []
-        self._seen: dict[str, _Touched] = {}
-        self._before = {folder.name for folder in _folders(run)}
+        self._seen = {folder.name: _Touched(folder / "here.json") for folder in _folders(run)}
+        self._before = frozenset(self._seen)
         """May have been left by a machine that was killed, until they are touched."""
         self._beat_at = 0.0
         self.token = secrets.token_hex(8)
@@ -221,13 +221,13 @@ class Leader:
             _tell(member.folder / "over.json", dataclasses.asdict(Over(0, again=True)))
 
     def forget(self) -> None:
-        """Remove what machines that were killed have left; those that live remove their own."""
+        """Remove what machines that were killed have left; those that live remove their own, once they have read the
+        last word there. Where this one ends before it can tell, a later one removes it.
+        """
         (self._run.nodes / OPEN).unlink(missing_ok=True)
-        for folder in _folders(self._run):
-            touched = self._seen.setdefault(folder.name, _Touched(folder / "here.json"))
-            touched.silent_s()
-            if folder.name in self._before and not touched.moved:
-                shutil.rmtree(folder, ignore_errors=True)
+        for name in self._before:
+            if self._seen[name].silent_s() > SILENT_S and not self._seen[name].moved:
+                shutil.rmtree(self._run.nodes / name, ignore_errors=True)
 
     def wait(self) -> int:
         """Until the others have come, or enough of them and no further one for a while; returns how many machines there

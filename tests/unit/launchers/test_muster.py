@@ -110,7 +110,8 @@ def test_a_machine_that_falls_silent_is_named(run: RunDir, other: Any, monkeypat
         silent.leave()
 
 
-def test_what_a_killed_machine_has_left_is_not_counted(run: RunDir) -> None:
+def test_what_a_killed_machine_has_left_is_not_counted(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muster, "SILENT_S", 1.0)
     left = run.nodes / "abc"
     write_json(left / "here.json", {"host": "gone", "digest": "d"})
     alone = lead(run, gathering=Gathering(timeout_s=1.5))
@@ -127,6 +128,17 @@ def test_one_that_waited_before_the_leader_came_is_counted(run: RunDir, other: A
         leader.meet(0, None)
         assert isinstance(waiting.result(10), Go)
     early.leave()
+
+
+def test_one_that_waited_before_a_leader_came_that_ends_at_once_is_told(run: RunDir) -> None:
+    early = Follower(run, "d", Gathering(leads=False, timeout_s=5))
+    with pytest.raises(SystemExit), lead(run):
+        raise SystemExit(75)
+    word = early.wait()
+    assert isinstance(word, Over)
+    assert word.exit_code == 75
+    early.leave()
+    assert list(run.nodes.iterdir()) == []
 
 
 def test_another_configuration_is_refused_on_all(run: RunDir, other: Any) -> None:
