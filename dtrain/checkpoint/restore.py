@@ -4,11 +4,13 @@ it is not what was written, all ranks fill them again from the checkpoint before
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, final
 
 import torch
 
@@ -21,6 +23,10 @@ from dtrain.errors import CheckpointError
 if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
     from dtrain.strategies.base import AbstractStrategy, Shard
+
+T = TypeVar("T")
+ROUND_S = 5.0
+"""Ranks that read hear of each other so often."""
 
 
 class Restored(NamedTuple):
@@ -37,23 +43,26 @@ def restore(
     wanted: Callable[[Manifest], Iterable[str]],
     comm: AbstractComm,
     note: Callable[[str], None],
+    mark: Callable[[], None] = lambda: None,
 ) -> Restored:
     """Bring the strategy, which is wrapped, to the first of the candidates whose content is what was written.
     `parameters`: all that are trained. `wanted`: files of which what ranks keep for themselves is asked for. `note`
-    hears what is passed over. Collective.
+    hears what is passed over, `mark` every few seconds that any rank has got on. Collective.
 
     Raises CheckpointError with what is wrong with each where none is, and where the first that can be read is of
     another model or optimizer.
     """
     wrong: list[str] = []
+    together = _Together(comm, mark)
     for folder in candidates:
-        reader, found = _open(folder, comm)
+        reader, found = _open(folder, comm, together)
         if reader is not None:
             with contextlib.closing(reader):
                 if misfit := _misfit(reader, parameters):
                     raise CheckpointError("\n".join([*misfit, *_listed("before it, passed over:", wrong)]))
                 strategy.restore(reader.manifest.counters)
-                kept, mine = _read(reader, strategy.shards(), wanted(reader.manifest))
+                read = functools.partial(_read, reader, strategy.shards(), wanted(reader.manifest))
+                kept, mine = together.do(read)
                 found = _all(mine, comm)
             if not found:
                 strategy.refresh()
@@ -63,6 +72,51 @@ def restore(
     raise CheckpointError("\n".join(_listed(
         "no checkpoint is what was written; restore one, or remove them to start from the beginning:", wrong
     )))  # fmt: skip
+
+
+@final
+class _Together:
+    """What may take one rank far longer than another, done by a thread of each while all ranks meet again and again.
+
+    One wait for the slowest would have to be a long one, in which a rank that is gone is not told from one that reads.
+    """
+
+    def __init__(self, comm: AbstractComm, mark: Callable[[], None]) -> None:
+        self._comm, self._mark = comm, mark
+        self._num_bytes, self._heard_of = 0, 0.0
+        self._over = False
+
+    def took(self, num_bytes: int) -> None:
+        """Hear of what was read, from any thread. Raises CheckpointError where nobody waits for it any more."""
+        if self._over:
+            raise CheckpointError("the ranks that read it have lost each other")
+        self._num_bytes += num_bytes
+
+    def do(self, what: Callable[[], T]) -> T:
+        """What it comes to, once all ranks are done with theirs. Collective.
+
+        A disk that gives none of them anything is not got on with: `mark` hears nothing.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1, initializer=_as_this_thread, initargs=(self._comm,)) as pool:
+            mine = pool.submit(what)
+            try:
+                while True:
+                    concurrent.futures.wait([mine], timeout=ROUND_S)
+                    num_busy, num_bytes = self._comm.sum([not mine.done(), self._num_bytes])
+                    if not num_busy:
+                        return mine.result()
+                    if num_bytes > self._heard_of:
+                        self._heard_of = num_bytes
+                        self._mark()
+            except BaseException:
+                self._over = True
+                raise
+
+
+def _as_this_thread(comm: AbstractComm) -> None:
+    """A thread begins with the first device of the machine."""
+    if comm.device.type == "cuda":
+        torch.cuda.set_device(comm.device)
 
 
 def fill(reader: Reader, shards: Iterable[Shard]) -> None:
@@ -93,13 +147,13 @@ def share(files: Mapping[str, File], comm: AbstractComm) -> dict[str, File]:
     return {name: file for i, (name, file) in enumerate(files.items()) if i * comm.size // len(files) == comm.rank}
 
 
-def _open(folder: Path, comm: AbstractComm) -> tuple[Reader | None, list[str]]:
+def _open(folder: Path, comm: AbstractComm, together: _Together) -> tuple[Reader | None, list[str]]:
     """The same on all ranks: a reader that proves this rank's share of the files, or what is wrong with the files."""
     reader, mine, problems = None, {}, []
     try:
         read = manifest.read(folder)
         mine = share(read.files, comm)
-        reader = Reader(folder, read, prove=mine)
+        reader = Reader(folder, read, prove=mine, took=together.took)
     except CheckpointError as error:
         problems = [str(error)]
     if not (found := _all(problems, comm)):
@@ -107,7 +161,8 @@ def _open(folder: Path, comm: AbstractComm) -> tuple[Reader | None, list[str]]:
     if reader is not None:
         reader.close()
     # A header that makes no sense is seldom what was written, and then the file is to be named for that.
-    return None, _all(digest_problems(folder, mine.items()), comm) or found
+    mine_wrong = together.do(functools.partial(digest_problems, folder, mine.items(), took=together.took))
+    return None, _all(mine_wrong, comm) or found
 
 
 def _all(mine: list[str], comm: AbstractComm) -> list[str]:

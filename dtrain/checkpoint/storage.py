@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
@@ -27,6 +27,9 @@ ALIGN = 4096
 """Replicas divide a parameter at multiples of so many elements: a small one has a single writer."""
 WRITE_BYTES = 1 << 24
 """Of one write, and of what the disk is given to do at once while the rest is still being written."""
+
+READ_BYTES = 1 << 24
+"""Of one read, so that a slow disk is seen to get on."""
 
 
 class Part(NamedTuple):
@@ -195,11 +198,13 @@ class Reader:
     so that what is asked for in the order of the file is read once.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, prove: Iterable[str] = ()) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, prove: Iterable[str] = (),
+                 took: Callable[[int], None] = lambda num_bytes: None) -> None:  # fmt: skip
         """Reads the headers of all files. `prove`: files whose content is to be compared with what was written, see
-        `problems`. Raises CheckpointError where they do not hold every parameter whole.
+        `problems`. `took` hears of each piece that is read, from any thread, and what it raises ends that. Raises
+        CheckpointError where they do not hold every parameter whole.
         """
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self._took = folder, manifest, took
         self._digests = {file: Digest() for file in prove}
         self._files: dict[str, int] = {}
         self._runs: dict[tuple[str, str], list[_Run]] = {}
@@ -297,15 +302,17 @@ class Reader:
         digest, handle = self._digests.get(file), self._opened(file)
         if digest is not None:
             self._digest_until(file, at)
+        piece = READ_BYTES if digest is None else CHUNK_BYTES
         while into:
             try:
-                count = os.preadv(handle, [into if digest is None else into[:CHUNK_BYTES]], at)
+                count = os.preadv(handle, [into[:piece]], at)
             except OSError as error:
                 raise CheckpointError(f"{self.folder / file}: cannot be read ({error.strerror})") from None
             if count <= 0:
                 raise CheckpointError(f"{self.folder / file}: ended while it was read")
             if digest is not None:
                 digest.take(at, into[:count])
+            self._took(count)
             at, into = at + count, into[count:]
 
     def _opened(self, file: str) -> int:

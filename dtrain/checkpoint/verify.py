@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import final
@@ -64,10 +64,14 @@ def _size_problem(path: Path, file: File) -> str | None:
     return None
 
 
-def digest_problems(folder: Path, files: Iterable[tuple[str, File]]) -> list[str]:
-    """Files whose content differs from what was written. Reads all of them."""
+def digest_problems(
+    folder: Path, files: Iterable[tuple[str, File]], took: Callable[[int], None] = lambda num_bytes: None
+) -> list[str]:
+    """Files whose content differs from what was written. Reads all of them; `took` hears of each piece, and what it
+    raises ends that.
+    """
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(lambda item: _digest_problem(folder / item[0], item[1]), files)
+        found = pool.map(lambda item: _digest_problem(folder / item[0], item[1], took), files)
         return [problem for problem in found if problem]
 
 
@@ -97,13 +101,14 @@ def _step_problem(folder: Path, read: Manifest) -> list[str]:
         None, read.step) else []  # fmt: skip
 
 
-def _digest_problem(path: Path, file: File) -> str | None:
+def _digest_problem(path: Path, file: File, took: Callable[[int], None]) -> str | None:
     digest = Digest()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
         with path.open("rb", buffering=0) as opened:
             while count := opened.readinto(buffer):
                 digest.take(digest.end, buffer[:count])
+                took(count)
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     return digest.problem(path, file)

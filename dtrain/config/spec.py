@@ -275,6 +275,8 @@ class ObjectiveSpec(AbstractSpec):
     """Whether an example of which no token is a target has nothing to learn."""
     lr_scale: ClassVar[float] = 1.0
     """What `optim.lr=auto` is multiplied by for weights that come trained."""
+    measured: ClassVar[tuple[str, ...]] = ()
+    """The names of its `metrics`, which `checkpoint.best_by` may be."""
 
     def outputs(self) -> Sequence[str]:
         """The names of a model's outputs, one number each, in place of its vocabulary; none for a language model."""

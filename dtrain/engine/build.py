@@ -149,11 +149,12 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     pad_id: int,
     resume: Sequence[Path] = (),
     note: Callable[[str], None] = print,
+    mark: Callable[[], None] = lambda: None,
     cache: Path | None = None,
 ) -> Built:
     """`config` is settled: no `auto` is left in it. `resume`: checkpoints, of which the first that is what was written
-    is gone on from; `note` hears which were passed over. `cache`: where an objective may keep what it found out, beside
-    `assets` where it is not given. Collective.
+    is gone on from; `note` hears which were passed over, and `mark` that they are still being read. `cache`: where an
+    objective may keep what it found out, beside `assets` where it is not given. Collective.
     """
     assert config.train.precision != "auto", config.train.precision
     assert config.train.steps is not None
@@ -179,10 +180,9 @@ def build(  # noqa: PLR0913 - it is all that a run is made of
     state, blobs = State(), None
     if resume:
         strategy.wrap(dataclasses.replace(bundle, weights=_Later(parameters, bundle.weights)))
-        restored = restore(resume, strategy, parameters, functools.partial(_wanted, comm=comm), comm, note)
+        restored = restore(resume, strategy, parameters, functools.partial(_wanted, comm=comm), comm, note, mark)
         state = _state(restored)
-        if restored.manifest.made_by.get("size") == comm.size:
-            blobs = restored.kept.get(file_name(comm.rank), {})
+        blobs = restored.kept.get(_before(restored.manifest, comm) or "")
     else:
         strategy.wrap(bundle)
     course = Course(
@@ -241,7 +241,13 @@ def _wanted(read: Manifest, comm: AbstractComm) -> list[str]:
     """Files of which this rank needs what ranks kept for themselves: the state of its generators, or places in data."""
     if State.from_dict(read.progress).stream is not None:
         return list(read.files)
-    return [file_name(comm.rank)] if read.made_by.get("size") == comm.size else []
+    file = _before(read, comm)
+    return [] if file is None else [file]
+
+
+def _before(read: Manifest, comm: AbstractComm) -> str | None:
+    """The file of the rank that was where this one is; None where there were more or fewer of them."""
+    return file_name(comm.rank) if read.made_by.get("size") == comm.size else None
 
 
 def _state(restored: Restored) -> State:

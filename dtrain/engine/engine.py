@@ -128,6 +128,8 @@ class Engine:
         self._begin = begin
         self._saved_step = self._state.step
         """Of the last checkpoint, or the one that this began with."""
+        self._measured: Mapping[str, float] = {}
+        """By the objective, in the last eval."""
         self._stop = 0
         self._save_due = self._busy = False
         self._step_s = self._save_s = 0.0
@@ -305,6 +307,7 @@ class Engine:
         report = EvalReport(self._state.step, found.loss, found.num_targets, time.perf_counter() - began, metrics,
                             None if counts is None else Confusion(*counts))  # fmt: skip
         self._state = dataclasses.replace(self._state, eval_step=report.step, eval_loss=report.loss)
+        self._measured = metrics
         for tracker in self._trackers:
             tracker.eval(report)
 
@@ -357,11 +360,11 @@ class Engine:
         self._control.saved()
 
     def _described(self, saving: Saving) -> Manifest:
-        state, metrics = self._state, {}
-        if state.last_loss is not None:
-            metrics["loss"] = state.last_loss
+        state, metrics = self._state, dict[str, float]()
         if state.eval_step == state.step and state.eval_loss is not None:
-            metrics["eval_loss"] = state.eval_loss
+            metrics = {**self._measured, "eval_loss": state.eval_loss}
+        if state.last_loss is not None:
+            metrics = {**metrics, "loss": state.last_loss}
         state = dataclasses.replace(state, consumed=self._loader.consumed(state.samples),
                                     stream=self._loader.state(state.samples))  # fmt: skip
         return saving.describe(state, metrics)

@@ -102,7 +102,7 @@ def _work(run: RunDir, attempt: int, stream: TextIO, progress: Progress, plugins
 
     built = build(config, world, comm, assets=prepared.assets, rows=rows, pad_id=prepared.pad_id,
                   resume=[Path(one) for one in manifest.get("resume") or []], note=note,
-                  cache=Path(data["dir"]).parent)  # fmt: skip
+                  mark=lambda: progress.at("load"), cache=Path(data["dir"]).parent)  # fmt: skip
     instead = [f"resume: going on from step {built.step} instead"] if passed_over else []
     trackers.start(steps=config.train.steps or 0, first_step=built.step, lines=[*built.lines, *passed_over, *instead])
     if comm.rank == 0:

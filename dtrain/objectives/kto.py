@@ -39,6 +39,7 @@ class KTO(AbstractReplies):
 
     of_loss: ClassVar[frozenset[str]] = frozenset({"beta", "good_weight", "bad_weight", "reference"})
     lr_scale: ClassVar[float] = 0.05
+    measured: ClassVar[tuple[str, ...]] = ("rewards/good", "rewards/bad", "share_good", "kl")
 
     beta: Positive = 0.1
     """How closely the model is held to the reference."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from dtrain.config.spec import ObjectiveSpec, spec
 from dtrain.datasets.badrows import BadRowError
@@ -17,6 +17,8 @@ _MOST = 1000
 
 @spec
 class AbstractLabels(ObjectiveSpec):
+    measured: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+
     labels: tuple[str, ...] = ()
     """The labels that there are; found in the data where none are named. One that is not among them is a bad row."""
 

@@ -21,6 +21,7 @@ class ORPO(AbstractPairs):
 
     of_loss: ClassVar[frozenset[str]] = frozenset({"weight"})
     lr_scale: ClassVar[float] = 0.25
+    measured: ClassVar[tuple[str, ...]] = (*AbstractPairs.measured, "nll", "log_odds")
 
     weight: Positive = 0.1
     """Of the odds ratio's term beside the cross-entropy of the chosen reply, which is the mean over its tokens; lambda

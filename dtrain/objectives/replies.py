@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,8 @@ class AbstractPairs(AbstractReplies):
     """A row is two documents, the prompt with the reply that is preferred and the prompt with the other; a target is a
     pair.
     """
+
+    measured: ClassVar[tuple[str, ...]] = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy")
 
     def encode(self, example: Example, tokenizer: TextTokenizer) -> Row:
         if not isinstance(example, Preference):

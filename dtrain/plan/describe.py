@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from dtrain.config.schema import Checkpoint, Config
+from dtrain.config.schema import Config
 from dtrain.plan.memory import Memory
 from dtrain.plan.plan import Plan, rates
 
@@ -53,7 +54,7 @@ def _settled(config: Config, plan: Plan) -> list[str]:
         f"length     {steps}, each of at most {plan.batch.global_batch * plan.length:,} tokens",
         f"optimizer  {_name(config.optim)}, rate {_rate(plan)}, {schedule}; {clip}",
         f"eval       {_eval(config)}",
-        f"saves      {_saves(config.checkpoint, plan.checkpoint_bytes)}",
+        f"saves      {_saves(config, plan.checkpoint_bytes)}",
         f"output     export in {dtype}; trackers {', '.join(config.tracker) or 'none'}",
     ]
 
@@ -85,16 +86,24 @@ def _eval(config: Config) -> str:
     return f"{when}, on {told.fraction * 100:g} % of the documents, held out{most}" + f"; {samples}" * bool(num)
 
 
-def _saves(when: Checkpoint, num_bytes: int) -> str:
+def _saves(config: Config, num_bytes: int) -> str:
     """When a checkpoint is made, how large each is, and which stay."""
+    when = config.checkpoint
     times = [f"every {when.every_steps} steps"] if when.every_steps else []
     times += [f"every {when.every_minutes:g} min"] if when.every_minutes else []
     times += ["at the end"] if when.at_end else []
     stay = [f"the newest {when.keep_last}"]
     stay += [f"each of {when.keep_every} steps"] if when.keep_every else []
-    stay += [f"the best by {when.best_by}"] if when.best_by else []
+    stay += [f"the best by {when.best_by} ({when.best_mode}){_of_evals(config)}"] if when.best_by else []
     size = f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:,.1f} MB"
     return f"{', '.join(times) or 'when asked, or told to stop'}; {size} each; {', '.join(stay)} stay"
+
+
+def _of_evals(config: Config) -> str:
+    """Which checkpoints have what is measured by evals, where some have not."""
+    saves, evals = config.checkpoint.every_steps, config.eval.every_steps
+    each = math.lcm(saves, evals)
+    return f" of those of each {each} steps" if config.checkpoint.best_by != "loss" and each != saves else ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from dtrain.config.compose import nearest
 from dtrain.config.schema import Config
 from dtrain.config.spec import ObjectiveSpec, StrategySpec
 from dtrain.errors import DataError, PlanError
@@ -70,7 +71,7 @@ def make_plan(config: Config, name: str, topology: Topology, machine: Machine,
     figures = config.model.figures()
     precision = _precision(config, device, machine, notes)
     problems = [*_check_length(config, figures), *_check_blank(config, figures), *_check_precision(config, device),
-                *_check_tokens(config),
+                *_check_tokens(config), *check_best(config, config.objective),
                 *_check_epochs(config), *config.strategy.misfits(topology, device),
                 *config.model.misfits(device)]  # fmt: skip
     if not config.strategy.candidates():
@@ -248,6 +249,24 @@ def _check_tokens(config: Config) -> list[str]:
         near = [n for n in (tokens // length * length, (tokens // length + 1) * length) if n]
         return [f"batch.global_tokens={tokens}: not a multiple of dataset.max_length={length}; nearest: "
                 f"{' or '.join(map(str, near))}"]  # fmt: skip
+    return []
+
+
+def check_best(config: Config, objective: ObjectiveSpec) -> list[str]:
+    """Whether checkpoints can be compared by what `checkpoint.best_by` names."""
+    name, saves, evals = config.checkpoint.best_by, config.checkpoint.every_steps, config.eval.every_steps
+    if name in (None, "loss"):
+        return []
+    measured = ["loss", "eval_loss", *dict.fromkeys(one for spec in (objective, *objective.candidates())
+                                                  for one in spec.measured)]  # fmt: skip
+    said = f"checkpoint.best_by={name}"
+    if name not in measured:
+        return [f"{said}: nothing that this run measures{nearest(name, measured)}; there are {', '.join(measured)}"]
+    if not config.eval.fraction:
+        return [f"{said}: is measured on held-out rows, and eval.fraction=0 leaves none; hold some out, or take loss"]
+    if not saves or not evals:
+        return [f"{said}: is known of checkpoints at steps with an eval, and checkpoint.every_steps={saves} with "
+                f"eval.every_steps={evals} makes none before the end; set both, as to the same number"]  # fmt: skip
     return []
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dtrain.config.schema import Config
 from dtrain.config.spec import ObjectiveSpec, StrategySpec
 from dtrain.errors import ConfigError, DataError
-from dtrain.plan.plan import Plan, lr_of, num_steps
+from dtrain.plan.plan import Plan, check_best, lr_of, num_steps
 
 
 def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], objective: ObjectiveSpec,
@@ -24,7 +24,8 @@ def settle(config: Config, plan: Plan, strategies: Mapping[str, StrategySpec], o
                         f"one step takes; use at most {num_rows}, shorter rows or more data")  # fmt: skip
     train = dataclasses.replace(config.train, precision=plan.precision, epochs=None,
                                 steps=num_steps(config, global_batch, num_rows))  # fmt: skip
-    if problems := train.problems():  # of a number of steps that is known only now
+    # Of a number of steps, and of an objective, that are known only now.
+    if problems := [*train.problems(), *check_best(config, objective)]:
         raise ConfigError.of(problems)
     strategy = config.strategy if not config.strategy.candidates() else strategies[plan.strategy]
     dtype = plan.precision if config.export.dtype == "auto" else config.export.dtype

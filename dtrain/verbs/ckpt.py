@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,7 +117,7 @@ def _ls(args: argparse.Namespace) -> int:
     if not ones:
         print(f"no checkpoints in {found.run.checkpoints}")
         return 0
-    metrics = list(dict.fromkeys(name for one in ones if one.read for name in one.read.metrics))
+    metrics = _shown(ones)
     titles = ("step", "when", "size", "made by", *metrics, "pointers", "state")
     print("\n".join(table([titles, *(_row(one, metrics) for one in ones)], right=("step", "size", *metrics))))
     for one in ones:
@@ -128,6 +128,16 @@ def _ls(args: argparse.Namespace) -> int:
         if target not in known and not (root / target).is_dir():
             print(f"{root / name}: names {target!r}, which is not there")
     return 0
+
+
+def _shown(ones: Sequence[_One]) -> list[str]:
+    """Metrics that there are: losses, and what the best is told by; `show` and --json tell of the others."""
+    reads = [one.read for one in ones if one.read]
+    policies = [read.config.get("checkpoint") for read in reads]
+    best_by = {one.get("best_by") for one in policies if isinstance(one, Mapping)}
+    there = dict.fromkeys(name for read in reads for name in read.metrics)
+    return [name for name in dict.fromkeys(["loss", "eval_loss", *there])
+            if name in there and (name in ("loss", "eval_loss") or name in best_by)]  # fmt: skip
 
 
 def _row(one: _One, metrics: list[str]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class Digits(ObjectiveSpec):
     """A text is the 64 pixels of an image, a label its digit; an image is one target."""
 
     learns_tokens: ClassVar[bool] = False
+    measured: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def encode(self, example: Any, tokenizer: TextTokenizer) -> Row:
         pixels, label = np.array(example.text.split(), np.int32), np.array([example.label], np.int32)

@@ -39,6 +39,7 @@ def _train(assets: Path, rows: tuple[Path, Path], plain: dict[str, Any]) -> tupl
                   rows=(RowStore(rows[0]), RowStore(rows[1])))  # fmt: skip
     record = Record()
     built.engine.run([record], Progress())
+    assert set(record.evals[-1].extras) == set(config.objective.measured)
     return [one.loss for one in record.reports], record.evals[-1].loss, record.evals[-1].extras["accuracy"]
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from dtrain.checkpoint import manifest
 from dtrain.checkpoint.manifest import folder_name
+from dtrain.checkpoint.verify import committed
 from dtrain.data.store import RowStore
 from dtrain.models.assets import files_digest
 from dtrain.models.outputs import with_outputs
@@ -212,6 +214,36 @@ def test_labels_are_learned_and_chosen_alike(labelled: Path, strategy: str, size
         assert sum(map(sum, counts[0])) == report.num_targets
         for key, weight in expected.weights.items():
             assert difference(got.weights[key], weight) < 1e-5, key
+
+
+def _measured(cases: list[tuple[Path, list[str]]]) -> list[tuple[set[str], set[str]]]:
+    """What an eval of each measures, and what its spec says."""
+    return [({*_classify(folder, typed)[1].extras}, {*settled(typed).objective.measured}) for folder, typed in cases]
+
+
+def test_what_an_eval_measures_is_known_before(replies: Path, labelled: Path, tmp_path: Path) -> None:
+    cases = [(replies, [*_typed(replies, name), "train.steps=1"]) for name in ("sigmoid", "simpo", "orpo", "kto")]
+    labels = [one for one in overrides(labelled, RECIPE, "train.steps=1") if not one.startswith("objective=")]
+    cases.append((labelled, [*labels, "objective=classify", f"objective.labels=[{','.join(LABELS)}]"]))
+    (found,) = run_ranks(_measured, cases, size=1)
+    assert all(told and told == said for told, said in found), found
+
+
+def test_the_best_by_what_the_objective_measures_stays(labelled: Path, tmp_path: Path) -> None:
+    folder = _with_outputs(labelled, [*LABELS], tmp_path)
+    typed = _typed_outputs(
+        folder, "classifier", "strategy=ddp", "train.steps=6", "eval.every_steps=1", "checkpoint.every_steps=1"
+    )
+    for keep in (9, 1):
+        more = [f"checkpoint.keep_last={keep}", "checkpoint.best_by=accuracy", "checkpoint.best_mode=max"]
+        run_ranks(
+            functools.partial(run, noise=False), folder, settled([*typed, *more]), tmp_path / str(keep), None, size=1
+        )
+    measured = {read.step: read.metrics["accuracy"] for read in map(manifest.read, committed(tmp_path / "9"))}
+    best = max(measured, key=lambda step: (measured[step] or 0, -step))
+    assert len(measured) == 6
+    assert best != 6, "else nothing is shown"
+    assert [path.name for path in committed(tmp_path / "1")] == [folder_name(6), folder_name(best)]
 
 
 LORA = ["tuning=lora", "tuning.rank=4"]

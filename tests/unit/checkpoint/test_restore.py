@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dtrain.checkpoint.manifest import File, Parameter
 from dtrain.checkpoint.restore import restore, share
 from dtrain.checkpoint.storage import file_name
 from dtrain.errors import CheckpointError
+from dtrain.strategies.base import Shard
+from tests.processes import run_ranks
 from tests.unit.checkpoint.synthetic import STATES, tensors, write
 from tests.unit.models.test_attention import Solo
 
@@ -78,3 +85,93 @@ def test_each_that_cannot_be_read_is_told_and_how_much_more_is_wrong(tmp_path: P
         True, True
     ]  # fmt: skip
     assert all(line.count("its content differs") == 3 and line.endswith("; and 2 more") for line in said)
+
+
+PIECES, ROUND_S, LIMIT_S = 25, 0.1, 2.0
+"""Of a file, each of which takes a slow disk as long as there is between two rounds; and how long a wait may last."""
+
+
+class _Half:
+    """A strategy with one of two halves of the only parameter."""
+
+    def __init__(self, rank: int, numel: int) -> None:
+        half = numel // 2
+        self.views = {state: torch.zeros(half) for state in STATES}
+        self._shard = Shard("a", (numel,), rank * half, self.views)
+
+    def restore(self, counters: Mapping[str, float]) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def shards(self) -> Iterator[Shard]:
+        yield self._shard
+
+
+def _read_slowly(folder: Path, numel: int, mark: Callable[[], None], pieces: list[int]) -> dict[str, torch.Tensor]:
+    """On two ranks, of which the first proves the only file, from a slow disk."""
+    import dtrain.comm
+    from dtrain.checkpoint import restore as module
+    from dtrain.checkpoint import storage
+    from dtrain.plan.world import World
+
+    dtrain.comm.LONG = datetime.timedelta(seconds=LIMIT_S)
+    module.ROUND_S, storage.CHUNK_BYTES = ROUND_S, (folder / file_name(0)).stat().st_size // PIECES
+    comm = dtrain.comm.TorchComm(World.from_env("cpu")).sibling()
+    if comm.rank == 0:
+        real = os.preadv
+
+        def slow(*args: Any) -> int:
+            time.sleep(ROUND_S)
+            pieces.append(1)
+            return real(*args)
+
+        os.preadv = slow
+    half: Any = _Half(comm.rank, numel)
+    parameters = {"a": Parameter((numel,), STATES, "a")}
+    restore([folder], half, parameters, lambda read: [], comm, lambda line: None, mark)
+    return half.views
+
+
+def _to_the_end(folder: Path, numel: int) -> tuple[dict[str, Any], int, int]:
+    marks: list[int] = []
+    pieces: list[int] = []
+    views = _read_slowly(folder, numel, lambda: marks.append(1), pieces)
+    return {state: view.numpy() for state, view in views.items()}, len(marks), len(pieces)
+
+
+def test_a_rank_that_reads_for_longer_than_a_wait_may_last_is_waited_for(tmp_path: Path) -> None:
+    """As where the only file of an import is proven by the first of many ranks."""
+    of = tensors({"a": (30_000,)})
+    folder = write(tmp_path, 3, of)
+    ranks = run_ranks(_to_the_end, folder, 30_000)
+    assert ranks[0][2] * ROUND_S > LIMIT_S
+    for rank, (views, num_marks, _) in enumerate(ranks):
+        assert num_marks > 2
+        for state, whole in of["a"].items():
+            assert torch.equal(torch.from_numpy(views[state]), whole.view(2, -1)[rank])
+
+
+class _Gone(Exception):
+    pass
+
+
+def _left_alone(folder: Path, numel: int) -> int:
+    """How often the first rank reads where the other goes as soon as it has heard of it."""
+    import torch.distributed as dist
+
+    pieces: list[int] = []
+    last = os.environ["RANK"] == "1"
+
+    def mark() -> None:
+        if last:
+            raise _Gone
+
+    with pytest.raises(_Gone if last else RuntimeError):
+        _read_slowly(folder, numel, mark, pieces)
+    dist.destroy_process_group()
+    return len(pieces)
+
+
+def test_a_rank_that_is_gone_is_noticed_while_another_reads(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3, tensors({"a": (30_000,)}))
+    assert 0 < run_ranks(_left_alone, folder, 30_000)[0] < PIECES

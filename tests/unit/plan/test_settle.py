@@ -8,7 +8,8 @@ import pytest
 
 from dtrain.config import frozen
 from dtrain.config.spec import ObjectiveSpec
-from dtrain.errors import ConfigError, DataError
+from dtrain.errors import ConfigError, DataError, PlanError
+from dtrain.objectives.classify import Classify
 from dtrain.objectives.dpo import DPO
 from dtrain.objectives.kto import KTO
 from dtrain.objectives.orpo import ORPO
@@ -198,3 +199,37 @@ def test_what_is_not_known_of_the_rate_is_said(
     assert f"optimizer  adamw, rate {rate}, cosine" in describe(found.config, found.plan)
     told = [line.partition(": ")[2] for line in found.plan.notes if line.startswith("optim.lr=auto takes ")]
     assert told == ([] if note is None else [note])
+
+
+EACH = ["checkpoint.every_steps=10", "eval.every_steps=10"]
+
+
+@pytest.mark.parametrize(("typed", "said"), [
+    (["checkpoint.best_by=acuracy", *EACH], r"nothing that this run measures; did you mean `accuracy`\?; there are "
+                                            r"loss, eval_loss, accuracy, macro_f1, rewards/chosen, "),
+    (["checkpoint.best_by=accuracy", "objective=pretrain", *EACH], r"measures; there are loss, eval_loss$"),
+    (["checkpoint.best_by=eval_loss", "eval.fraction=0", *EACH], "eval.fraction=0 leaves none"),
+    (["checkpoint.best_by=eval_loss", "eval.every_steps=10"], "checkpoint.every_steps=0 with eval.every_steps=10"),
+    (["checkpoint.best_by=eval_loss", "checkpoint.every_steps=10", "eval.every_steps=0"], "every_steps=10 with eval.every_steps=0"),
+])  # fmt: skip
+def test_a_best_that_nothing_would_be_is_refused(typed: list[str], said: str) -> None:
+    with pytest.raises(PlanError, match=f"checkpoint.best_by=.*{said}"):
+        propose(typed, None)
+
+
+def test_what_the_best_is_told_by_is_measured_by_the_objective_of_the_rows() -> None:
+    proposal = propose(["checkpoint.best_by=accuracy", *EACH], None)
+    with pytest.raises(ConfigError, match="nothing that this run measures"):
+        settle(proposal.config, proposal.plan, proposal.strategies, Pretrain(), 100)
+    named = Classify(labels=("a", "b"))
+    settled = settle(proposal.config, proposal.plan, proposal.strategies, named, 100)
+    assert settled.objective == named
+
+
+def test_which_checkpoints_may_be_the_best_is_told() -> None:
+    typed = ["checkpoint.every_steps=20", "eval.every_steps=50", "checkpoint.best_by=eval_loss"]
+    for more, said in (([], " (min) of those of each 100 steps stay"), (["eval.every_steps=10"], " (min) stay")):
+        proposal = propose([*typed, *more], None)
+        assert f"the best by eval_loss{said}" in describe(proposal.config, proposal.plan)
+    loss = propose(["checkpoint.every_steps=20", "checkpoint.best_by=loss", "eval.fraction=0"], None)
+    assert "the best by loss (min) stay" in describe(loss.config, loss.plan)

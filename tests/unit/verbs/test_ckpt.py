@@ -116,6 +116,16 @@ def test_ls(run: RunDir, said: _Said) -> None:
     assert third == f"{run.checkpoints}/old: names 'step-00000005', which is not there"
 
 
+def test_ls_shows_losses_and_what_the_best_is_told_by(tmp_path: Path, said: _Said) -> None:
+    run = _run(tmp_path / "runs" / "mine")
+    metrics = {"rewards/margin": 1.0, "rewards/accuracy": 0.5, "eval_loss": 2.0, "loss": 3.0}
+    for step, config in ((10, {}), (20, {"checkpoint": {"best_by": "rewards/accuracy"}})):
+        write(run.checkpoints, step, tensors(SHAPES), metrics=metrics, config=config)
+        shown = ["loss", "eval_loss", *(["rewards/accuracy"] if config else [])]
+        assert said("ls", str(run.path)).split("by", 1)[1].split()[: len(shown) + 1] == [*shown, "pointers"]
+    assert json.loads(said("ls", str(run.path), "--json").splitlines()[0])["metrics"] == metrics
+
+
 def test_ls_for_programs(run: RunDir, said: _Said) -> None:
     (_folder(run, 10) / "manifest.json").unlink()
     found = [json.loads(line) for line in said("ls", str(run.checkpoints), "--json").splitlines()]
