@@ -8,7 +8,7 @@ JOBS   ?= 2
 # Tests start many processes of one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo install check lint test test-fast matrix faults gpu-check bench clean
+.PHONY: help demo install check lint test test-fast matrix faults soak gpu-check bench clean
 
 help:            ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -55,6 +55,9 @@ check: lint test ## all that a change must pass
 
 faults: install  ## every fault, hangs, what a cluster does; writes the table of docs/reliability.md; a quarter of an hour
 	$(BIN)/python -m tests.faults.table $(ROWS)
+
+soak: install    ## runs that live through accidents drawn at random; SECONDS=600, SEED=...
+	$(BIN)/python -m tests.faults.soak --seconds $(or $(SECONDS),600) $(SEED:%=--seed %)
 
 gpu-check: install ## every strategy on this machine's GPUs in bf16: tokens/s, MFU, peak memory, losses that agree
 	env -u OMP_NUM_THREADS $(BIN)/python bench/gpu_check.py

@@ -8,9 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,8 @@ import pytest
 
 from dtrain.runs import RunDir
 from tests import measured
-from tests.e2e.command import ROOT, SMALL, rows, workers_of, write_texts
+from tests.cluster.machines import Machines
+from tests.e2e.command import SMALL, rows, workers_of
 from tests.faults.harness import rows_of
 
 STEPS = 60
@@ -36,37 +36,6 @@ TYPED = [
 SLOWLY = {"DTRAIN_FAIL": ",".join(f"train.forward:sleep=0.15:rank={rank}:attempt={attempt}"
                                   for rank, attempt in itertools.product(range(2), range(2)))}  # fmt: skip
 """So that there is something left to do when a further machine has come."""
-RECORD = """import os, sys
-if "worker" in sys.orig_argv and "RANK" in os.environ:
-    from pathlib import Path
-    from tests.faults.harness import record_rows
-    from dtrain.runs import RunDir
-    record_rows(RunDir(os.environ["DTRAIN_RUN"]).attempt_dir(int(os.environ["DTRAIN_ATTEMPT"]))
-                / f"rank-{os.environ['RANK']}.rows.jsonl")
-"""
-
-
-class Machines:
-    """Launchers in `folder`; each says to `out-N` what it says."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.started = folder, list[subprocess.Popen[str]]()
-        (folder / "site").mkdir()
-        (folder / "site" / "sitecustomize.py").write_text(RECORD)
-        write_texts(folder / "texts.jsonl")
-
-    def start(self, *typed: str, inside: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
-        with (self.folder / f"out-{len(self.started)}").open("w") as out:
-            one = subprocess.Popen(
-                [*inside, sys.executable, "-m", "dtrain", "launch", *typed], cwd=self.folder, text=True, stdout=out,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": f"{self.folder / 'site'}:{ROOT}", "OMP_NUM_THREADS": "1", **env},
-            )  # fmt: skip
-        self.started.append(one)
-        return one
-
-    def said(self, number: int) -> str:
-        return (self.folder / f"out-{number}").read_text()
 
 
 @pytest.fixture
