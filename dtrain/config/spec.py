@@ -75,6 +75,8 @@ class Gathering:
     """So many machines are enough, and others may leave and join while it runs; None: all must be there."""
     last_call_s: float = 0.0
     """Once enough are there, how long no other must have come before they start."""
+    start: str | None = None
+    """A name that what has started all of them gave to this start; None where each was started by itself."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,8 @@ from typing import TextIO
 from dtrain.config.spec import Call
 from dtrain.errors import RunError, UserError
 from dtrain.launchers._orders import HOSTS, Orders
-from dtrain.launchers.supervise import SAME_PRESS_S
 from dtrain.runs import RunDir, die_with_parent
-from dtrain.runs.beside import caught
+from dtrain.runs.beside import SAME_PRESS_S, caught
 from dtrain.runs.files import read_json, write_json
 from dtrain.runs.hints import hint_of
 from dtrain.runs.host import HOST
@@ -83,7 +82,8 @@ def control_folder(run: RunDir) -> Iterator[Path]:
 
 def environment(host: str, orders: Orders) -> dict[str, str]:
     """What the command is told on one of the machines."""
-    said = {"nodes": len(orders.hosts), "index": list(orders.hosts).index(host), "procs": orders.procs}
+    said = {"nodes": len(orders.hosts), "index": list(orders.hosts).index(host), "procs": orders.procs,
+            "start": Path(orders.control).name}  # fmt: skip
     slots = orders.hosts[host]
     gpus = {} if slots is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots))}
     return {HOST: host, HOSTS: json.dumps(said), **gpus}

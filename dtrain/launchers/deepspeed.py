@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -110,9 +110,11 @@ class DeepSpeed(LauncherSpec):
         return Topology(nodes=len(hosts), procs_per_node=procs)
 
     def gathering(self) -> Gathering:
-        leads = _called()["index"] == 0 if HOSTS in os.environ else None if self.host == "auto" else is_here(self.host)
+        called = _called() if HOSTS in os.environ else None
+        leads = called["index"] == 0 if called else None if self.host == "auto" else is_here(self.host)
         return Gathering(leads=leads, host=None if self.host == "auto" else self.host,
-                         port=None if self.port == "auto" else self.port, timeout_s=self.join_timeout_s)  # fmt: skip
+                         port=None if self.port == "auto" else self.port, timeout_s=self.join_timeout_s,
+                         start=called["start"] if called else None)  # fmt: skip
 
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
                 meeting: Meeting | None = None) -> Command:  # fmt: skip
@@ -163,8 +165,8 @@ def _fitting(procs: int, device: Device, machine: Machine) -> int:
     return procs
 
 
-def _called() -> dict[str, int]:
-    said: dict[str, int] = json.loads(os.environ[HOSTS])
+def _called() -> dict[str, Any]:
+    said: dict[str, Any] = json.loads(os.environ[HOSTS])
     return said
 
 

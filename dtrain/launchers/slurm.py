@@ -108,8 +108,10 @@ class Slurm(LauncherSpec):
         return Topology(nodes=self.nodes, procs_per_node=procs)
 
     def gathering(self) -> Gathering:
+        # A script of somebody's own may start it more than once: each is a step.
+        start = f"{os.environ.get(BATCH)}.{os.environ.get('SLURM_STEP_ID')}"
         return Gathering(leads=os.environ.get("SLURM_NODEID") == "0", timeout_s=self.join_timeout_s,
-                         port=None if self.port == "auto" else self.port)  # fmt: skip
+                         port=None if self.port == "auto" else self.port, start=start)  # fmt: skip
 
     def command(self, run_dir: Path, worker: Sequence[str], topology: Topology,
                 meeting: Meeting | None = None) -> Command:  # fmt: skip

@@ -22,7 +22,7 @@ from dtrain.launchers._processes import NODE, sweep, workers
 from dtrain.launchers._watch import HangAfter, Watch
 from dtrain.launchers.verdict import NodeEnd, judge_all
 from dtrain.runs import Outcome, RunDir, die_with_parent
-from dtrain.runs.beside import caught
+from dtrain.runs.beside import SAME_PRESS_S, caught
 from dtrain.runs.lock import BEAT_S
 from dtrain.runs.process import MARK
 from dtrain.runs.pulse import FOLDER, Place
@@ -34,8 +34,6 @@ STOPPING_S = 20.0
 """The same where the ranks were told to stop, or there are no others."""
 REPORT_S = 2.0
 """After that, what torchrun gets to say who was killed."""
-SAME_PRESS_S = 0.4
-"""Two equal signals within this are one: a terminal and a wrapper may both pass on a single Ctrl-C."""
 TEAM_S = 1.0
 """How often the run's folder is looked at for what other machines say."""
 WATCH_S = 0.5
@@ -71,28 +69,37 @@ class AbstractLeader(AbstractTeam, Protocol):
         """How the ranks of the others ended."""
 
 
-def supervise(command: Command, run: RunDir, attempt: int, *, note: Callable[[str], None] | None = None,
-              limit_s: float | None = None, hang_after: HangAfter = "auto",
-              team: AbstractLeader | None = None) -> Outcome:  # fmt: skip
+def supervise(  # noqa: PLR0913 - what a start can have beside its command
+    command: Command,
+    run: RunDir,
+    attempt: int,
+    *,
+    note: Callable[[str], None] | None = None,
+    limit_s: float | None = None,
+    hang_after: HangAfter = "auto",
+    team: AbstractLeader | None = None,
+    heed: Callable[[], None] = lambda: None,
+) -> Outcome:
     """Run the command to its end and say how it ended, here and on the other machines of `team`; writes that to the
     run folder too.
 
     Its stdout is ours, its stderr goes to launcher.log. The first SIGINT, SIGTERM or SIGUSR1 is passed on to the ranks,
     a second SIGINT or SIGTERM ends them at once. When one rank fails, the others are ended within seconds; when none
     gets on for as long as `hang_after` says, their stacks are written down first. Nothing that was started is alive on
-    return. To be called in the main thread.
+    return. `heed` is called once signals are taken here, and raises where one came before. To be called in the main
+    thread.
     """
     command = _timed(command, deadline_of(limit_s))
-    job = _see_through(_Job(command, run, attempt, note or _to_stderr, hang_after, team))
+    job = _see_through(_Job(command, run, attempt, note or _to_stderr, hang_after, team), heed)
     others = [] if team is None else team.reports(failed=bool(job.returncode))
     lost = None if team is None else team.lost()
     return judge_all(run, attempt, [job.end(), *others], trouble=job.trouble, lost=lost)
 
 
-def serve(command: Command, run: RunDir, attempt: int, team: AbstractTeam, *,
-          deadline: float | None = None, hang_after: HangAfter = "auto") -> NodeEnd:  # fmt: skip
+def serve(command: Command, run: RunDir, attempt: int, team: AbstractTeam, *, deadline: float | None = None,
+          hang_after: HangAfter = "auto", heed: Callable[[], None] = lambda: None) -> NodeEnd:  # fmt: skip
     """The same on a machine that follows: it leaves the verdict to the one that leads."""
-    return _see_through(_Job(_timed(command, deadline), run, attempt, _to_stderr, hang_after, team)).end()
+    return _see_through(_Job(_timed(command, deadline), run, attempt, _to_stderr, hang_after, team), heed).end()
 
 
 def deadline_of(limit_s: float | None) -> float | None:
@@ -111,9 +118,10 @@ def _timed(command: Command, deadline: float | None) -> Command:
     return Command(command.argv, {**command.env, "DTRAIN_DEADLINE": f"{deadline:.0f}"})
 
 
-def _see_through(job: _Job) -> _Job:
+def _see_through(job: _Job, heed: Callable[[], None]) -> _Job:
     with caught(job.on_signal):
         try:
+            heed()
             job.start()
             job.wait()
         finally:

@@ -7,8 +7,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SAME_PRESS_S = 0.4
+"""Two signals within this are one: a terminal and a wrapper may both pass on a single Ctrl-C."""
 
 
 @contextmanager
@@ -16,12 +19,13 @@ def caught(
     handler: Callable[[int, FrameType | None], None], signals: Sequence[signal.Signals] = STOPS
 ) -> Iterator[None]:
     """The signals are for `handler`, but for SIGHUP under nohup. To be called in the main thread."""
-    before = {}
-    for signum in signals:
-        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # under nohup
-        before[signum] = signal.signal(signum, handler)
+    before: dict[signal.Signals, Any] = {}
     try:
+        for signum in signals:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # under nohup
+            before[signum] = signal.getsignal(signum)
+            signal.signal(signum, handler)
         yield
     finally:
         for signum, old in before.items():

@@ -31,6 +31,11 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one step: a reader sees the old file or the new one, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_json(path, value)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """The same, in a folder that is there."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with tmp.open("w", encoding="utf-8") as file:
         file.write(dumps(value, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def launch(run: RunDir, proposal: Proposal, wish: Wish) -> int:
                 else:
                     team.dismiss(code)
             else:
-                code = _follow(run, proposal, team)
+                code = _follow(run, proposal, team, wish)
     return code
 
 
@@ -54,10 +55,10 @@ def _lead(run: RunDir, proposal: Proposal, leader: Leader, wish: Wish) -> int | 
         prepared, settled = launch.prepare_all(proposal)
     outcome = launch.train(run, proposal, prepared, settled, wish, leader)
     code = launch.tell(outcome, run, settled)
-    return None if _restart.again(run, outcome, settled, _say) else code
+    return None if _restart.again(run, outcome, settled, wish, _say) else code
 
 
-def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
+def _follow(run: RunDir, proposal: Proposal, follower: Follower, wish: Wish) -> int | None:
     """The run's exit code; None where there is nobody to follow."""
     from dtrain.launchers.muster import Over
     from dtrain.launchers.supervise import serve
@@ -65,8 +66,9 @@ def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
 
     host = host_name()
     _say(f"{host}: waiting for the node that leads")
-    word = follower.wait()
-    if word is None:
+    with wish.heeding():
+        word = follower.wait()
+    if word is None or (isinstance(word, Over) and word.again):
         return None
     if isinstance(word, Over):
         print(word.message or "the node that leads has ended", file=sys.stderr, flush=True)
@@ -75,8 +77,11 @@ def _follow(run: RunDir, proposal: Proposal, follower: Follower) -> int | None:
     topology = dataclasses.replace(proposal.plan.topology, nodes=word.nodes)
     command = proposal.config.launcher.command(run.path, worker(run, proposal), topology, follower.meeting(word))
     deadline = None if word.left_s is None else time.time() + word.left_s
-    end = serve(command, run, word.attempt, follower, deadline=deadline, hang_after=proposal.config.run.hang_after)
-    over = follower.report(end)
+    end = serve(command, run, word.attempt, follower, deadline=deadline, hang_after=proposal.config.run.hang_after,
+                heed=wish.heed)  # fmt: skip
+    follower.report(end)
+    with wish.heeding(but=[signal.SIGUSR1]):  # what a scheduler's word is to come to, the leader decides
+        over = follower.last_word()
     if over is not None and over.again:
         return None
     if over is None and proposal.config.launcher.gathering().least is not None:

@@ -17,9 +17,8 @@ FAILURES = ("worker", "hang", "storage", "lost", "launcher")
 def forget(run: RunDir) -> None:
     """Remove what was asked of an earlier start; what the script of this one has asked stays."""
     run.joined.unlink(missing_ok=True)
-    for path in (run.stop_trigger, run.requeue):
-        if not is_of_this_start(path):
-            path.unlink(missing_ok=True)
+    if not is_of_this_start(run.requeue):
+        run.requeue.unlink(missing_ok=True)
 
 
 def is_of_this_start(path: Path) -> bool:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dtrain.runs.lock import BEAT_S
 from dtrain.runs.outcomes import JOINED, LEFT
 from dtrain.verbs import _oom
 from dtrain.verbs._requeue import FAILURES, failed_in_a_row, refusal
@@ -19,6 +15,7 @@ if TYPE_CHECKING:
     from dtrain.config.schema import Config
     from dtrain.config.spec import Gathering, Restarts
     from dtrain.runs import Outcome, RunDir
+    from dtrain.verbs._told import Wish
 
 MOST_S = 600.0
 """The longest wait."""
@@ -32,12 +29,12 @@ def wait_s(first_s: float, failed: int) -> float:
     return min(MOST_S, first_s * 2.0 ** (failed - 1))
 
 
-def again(run: RunDir, outcome: Outcome, settled: Config, say: Callable[[str], None]) -> bool:
+def again(run: RunDir, outcome: Outcome, settled: Config, wish: Wish, say: Callable[[str], None]) -> bool:
     """Whether the run is to be started again now, once it has waited for that. To be called by the holder of the run's
     lock.
     """
     return (_oom.again(run, outcome, settled, say) or with_others(run, outcome, settled.launcher.gathering(), say)
-            or after_failure(run, outcome, settled.launcher.restarts(), say))  # fmt: skip
+            or after_failure(run, outcome, settled.launcher.restarts(), wish, say))  # fmt: skip
 
 
 def with_others(run: RunDir, outcome: Outcome, gathering: Gathering, say: Callable[[str], None]) -> bool:
@@ -59,9 +56,9 @@ def with_others(run: RunDir, outcome: Outcome, gathering: Gathering, say: Callab
     return True
 
 
-def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callable[[str], None]) -> bool:
-    """The same of a failure that may not come again; a batch script starts its own. A signal ends the waiting, and the
-    run.
+def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, wish: Wish, say: Callable[[str], None]) -> bool:
+    """The same of a failure that may not come again; a batch script starts its own. While it waits no rank runs: a
+    signal ends it as it would before the first start, so that a pod which is told to go is made again.
     """
     if os.environ.get("DTRAIN_BATCH") or outcome.kind not in FAILURES or not restarts.most:
         return False
@@ -78,28 +75,8 @@ def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, say: Callab
     seconds = wait_s(restarts.wait_s, failed)
     say(f"launcher.max_restarts={restarts.most}: start {failed} after a failure ({outcome.kind}) in {seconds:.0f} s")
     run.event("restart", attempt=outcome.attempt, outcome=outcome.kind, wait_s=seconds)
-    with _told() as told:
-        deadline = time.monotonic() + seconds
-        beat_at = 0.0
-        while not told and (left := deadline - time.monotonic()) > 0:
-            if time.monotonic() - beat_at > BEAT_S:
-                beat_at = time.monotonic()
-                run.beat()
+    deadline = time.monotonic() + seconds
+    with wish.watching(), run.beating():
+        while (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
-    if told:
-        say(f"{signal.Signals(told[0]).name}: not started again")
-    return not told
-
-
-@contextmanager
-def _told() -> Iterator[list[int]]:
-    """The signals that come meanwhile."""
-    from dtrain.runs.beside import caught
-
-    told: list[int] = []
-
-    def take(signum: int, frame: FrameType | None) -> None:
-        told.append(signum)
-
-    with caught(take):
-        yield told
+    return True

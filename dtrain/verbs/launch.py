@@ -37,15 +37,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dtrain.config.compose import sweep
-    from dtrain.verbs import _sweep
+    from dtrain.verbs import _sweep, _told
 
+    if not args.help and not args.cfg and not args.multirun:
+        return launch(args.overrides, args)
+    _told.let_in()
     if args.help:
         print(_overrides.help_text(args.parser, args.config_dir), end="")
         return 0
     if args.cfg:
         return _print_config(args.overrides, args.config_dir)
-    if not args.multirun:
-        return launch(args.overrides, args)
     return _sweep.launch(sweep(args.overrides, args.config_dir), args)
 
 
@@ -70,13 +71,15 @@ def _launch(overrides: list[str], args: argparse.Namespace, wish: Wish) -> int:
     if not args.multirun:
         _sweep.check_no_array([config.launcher], "this is one run; add -m and several values, or leave it out")
     if config.launcher.calls(words(overrides, args), run.nodes):
-        return (_afar.show if args.dry_run else _afar.launch)(run, proposal, words(overrides, args))
+        with wish.heeding():
+            return (_afar.show if args.dry_run else _afar.launch)(run, proposal, words(overrides, args))
     job = config.launcher.job(run.path, words(overrides, args))
     if plan.topology.nodes > 1 and job is None and not args.dry_run:
         return _nodes.launch(run, proposal, wish)
     print(describe(config, plan), flush=True)
     if job is not None:
-        return _submit.show(job) if args.dry_run else _submit.submit(job, [run], [proposal])
+        with wish.heeding():
+            return _submit.show(job) if args.dry_run else _submit.submit(job, [run], [proposal])
     return _show_command(run, proposal) if args.dry_run else _alone(run, proposal, wish)
 
 
@@ -90,7 +93,7 @@ def _alone(run: RunDir, proposal: Proposal, wish: Wish) -> int:
         while True:
             outcome = train(run, proposal, prepared, settled, wish)
             code = tell(outcome, run, settled)
-            if not _restart.again(run, outcome, settled, say):
+            if not _restart.again(run, outcome, settled, wish, say):
                 return code
 
 
@@ -170,6 +173,7 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config, 
         _warn_of_room(run, settled, proposal.plan.checkpoint_bytes)
         said = identity(settled, data=prepared.digest, tokenizer=tokenizer_digest(prepared.assets),
                         assets=prepared.assets, base=_base(settled, prepared))  # fmt: skip
+        wish.forget()
         clean(run)
         start = choose(run, settled, said, say)
         _refuse_done(run, settled, start)
@@ -184,7 +188,8 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config, 
     limit_s = None if limit is None else seconds(limit)
     meeting = leader.meet(attempt, deadline_of(limit_s)) if leader else None
     command = settled.launcher.command(run.path, worker(run, proposal), proposal.plan.topology, meeting)
-    outcome = supervise(command, run, attempt, limit_s=limit_s, hang_after=settled.run.hang_after, team=leader)
+    outcome = supervise(command, run, attempt, limit_s=limit_s, hang_after=settled.run.hang_after, team=leader,
+                        heed=wish.heed)  # fmt: skip
     run.add_attempt(attempt, ended=outcome.kind)
     run.event("ended", attempt=attempt, outcome=outcome.kind)
     _requeue.decide(run, outcome, settled.launcher.restarts().most, say)

@@ -144,7 +144,8 @@ def test_whatever_becomes_of_it_on_the_way_it_ends_all_the_same(cluster: dict[st
     steps = [row["step"] for row in rows(run)]
     assert sorted(set(steps)) == list(range(1, 251))
     assert not (folder / "x").exists()
-    assert len(list(run.nodes.iterdir())) <= 1  # of the one that was killed; a start that lasts longer removes it
+    left = [one for one in run.nodes.iterdir() if one.is_dir()]
+    assert len(left) <= 1  # of the one that was killed; a start that lasts longer removes it
 
 
 def test_a_job_that_is_told_while_it_prepares_its_data_is_queued_again(cluster: dict[str, str], folder: Path) -> None:
@@ -157,8 +158,7 @@ def test_a_job_that_is_told_while_it_prepares_its_data_is_queued_again(cluster: 
         run = RunDir(folder / "runs" / name)
         until(lambda job=job, run=run: "data: preparing" in log(run, job), 60, lambda job=job, run=run: log(run, job))
         subprocess.run(["scancel", "--signal=USR1", *how, job], env={**os.environ, **cluster}, check=True)
-        # A node that is so late that it comes to a start that is over is ended by srun, a minute later.
-        until(lambda job=job: state(cluster, job) == "PENDING", 90, lambda job=job, run=run: log(run, job))
+        until(lambda job=job: state(cluster, job) == "PENDING", 30, lambda job=job, run=run: log(run, job))
         said = log(run, job)
         subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=True)
         assert f"{why}: ended while no rank ran" in said

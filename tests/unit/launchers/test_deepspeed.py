@@ -245,7 +245,7 @@ def test_each_machine_gets_its_gpus(hostfile: str, monkeypatch: pytest.MonkeyPat
     assert orders.procs == 2
     assert "CUDA_VISIBLE_DEVICES" not in orders.env
     assert environment("w-0", orders)["CUDA_VISIBLE_DEVICES"] == "1,3"
-    assert json.loads(environment("w-1", orders)[HOSTS]) == {"nodes": 2, "index": 1, "procs": 2}
+    assert json.loads(environment("w-1", orders)[HOSTS]) == {"nodes": 2, "index": 1, "procs": 2, "start": "head-1"}
     whole = Orders.from_json(calls(hostfile)[0].told.decode())
     assert "CUDA_VISIBLE_DEVICES" not in environment("w-0", whole)
 
@@ -256,11 +256,11 @@ def test_how_many(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher.machine(NODE).gpus == 4
     with pytest.raises(ConfigError, match="w-0 2, w-1 4"):
         DeepSpeed(hostfile=hostfile, include="w-0:0,1@w-1").topology("cpu", HERE)
-    monkeypatch.setenv(HOSTS, json.dumps({"nodes": 2, "index": 1, "procs": 4}))
+    monkeypatch.setenv(HOSTS, json.dumps({"nodes": 2, "index": 1, "procs": 4, "start": "head-1"}))
     there = DeepSpeed(hostfile="not seen there")
     assert there.topology("cuda", NODE) == Topology(2, 4)
     assert there.calls(["launch"], Path("/run")) == ()
-    assert there.gathering().leads is False
+    assert (there.gathering().leads, there.gathering().start) == (False, "head-1")
     with pytest.raises(PlanError, match="has slots=4, a GPU for each, and 0 are visible"):
         there.topology("cuda", HERE)
 

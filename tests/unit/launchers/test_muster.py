@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -21,6 +22,8 @@ from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
 from dtrain.runs.files import read_json, write_json
 from dtrain.runs.lock import Holder
+from dtrain.verbs import _nodes
+from dtrain.verbs._told import Wish
 
 PATIENT = Gathering(timeout_s=20)
 GOOD, BAD = NodeEnd("other", 0), NodeEnd("other", 1)
@@ -48,7 +51,13 @@ def follow(run: RunDir, ready: threading.Event | None = None, end: NodeEnd = GOO
     with enter(run, PATIENT, 2, digest, lambda line: None) as team:
         assert isinstance(team, Follower)
         word = team.wait()
-        return word, team.report(end) if isinstance(word, Go) else None
+        return word, told(team, end) if isinstance(word, Go) else None
+
+
+def told(follower: Follower, end: NodeEnd) -> Over | None:
+    """The leader's last word, once it is told how it ended here."""
+    follower.report(end)
+    return follower.last_word()
 
 
 def test_the_first_leads_and_the_others_do_as_it_says(run: RunDir, other: Any) -> None:
@@ -80,7 +89,7 @@ def test_a_failure_elsewhere_is_heard_on_both_sides(run: RunDir, other: Any) -> 
             while team.trouble() is None:
                 time.sleep(0.02)
             heard.set()
-            team.report(BAD)
+            told(team, BAD)
 
     follower = other(fails)
     with lead(run) as leader:
@@ -139,6 +148,177 @@ def test_one_that_waited_before_a_leader_came_that_ends_at_once_is_told(run: Run
     assert word.exit_code == 75
     early.leave()
     assert list(run.nodes.iterdir()) == []
+
+
+def test_the_last_word_is_heard_that_comes_between_two_looks(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever waited would lead next, and wait for machines that have gone."""
+    monkeypatch.setattr(muster, "TOUCH_S", 0.0)
+    leading = contextlib.ExitStack()
+    leader = leading.enter_context(lead(run))
+    early = Follower(run, "d", PATIENT)
+    look = early._over
+
+    def look_before_it_ends() -> Over | None:
+        said = look()
+        leader.dismiss(2, "refused")
+        leading.close()
+        return said
+
+    monkeypatch.setattr(early, "_over", look_before_it_ends)
+    assert early.wait() == Over(2, "refused")
+    early.leave()
+
+
+def test_one_that_has_not_seen_its_word_to_go_is_sent_back_all_the_same(run: RunDir) -> None:
+    with lead(run) as leader:
+        slow = Follower(run, "d", PATIENT)
+        leader.wait()
+        leader.meet(0, None)
+        leader.send_back()
+        proposal: Any = None  # nothing is started
+        assert _nodes._follow(run, proposal, slow, Wish()) is None
+        slow.leave()
+
+
+def test_a_leader_makes_no_new_names_for_others_to_miss(run: RunDir) -> None:
+    """A client of a network file system may believe for a minute that there is no such file."""
+    with lead(run) as leader:
+        follower = Follower(run, "d", PATIENT)
+        names = sorted(path.name for path in (run.nodes / follower.token).iterdir())
+        leader.wait()
+        leader.meet(0, None)
+        follower.report(GOOD)
+        assert leader.reports(failed=True) == [GOOD]
+        assert follower.trouble() == "another node has failed"
+        leader.dismiss(3)
+        assert sorted(path.name for path in (run.nodes / follower.token).iterdir()) == names
+        assert follower.last_word() == Over(3)
+        follower.leave()
+    assert list(run.nodes.iterdir()) == []
+
+
+def test_one_that_leaves_before_the_start_is_missed_at_once_and_leaves_nothing(run: RunDir) -> None:
+    with lead(run) as leader:
+        follower = Follower(run, "d", PATIENT)
+        leader.wait()
+        follower.leave()
+        leader.meet(0, None)
+        assert "node 1 on" in (said := leader.trouble() or "")
+        assert said.endswith("has left")
+        began = time.monotonic()
+        assert leader.reports(failed=True) == []
+        assert time.monotonic() - began < 2
+        leader.dismiss(3)
+    assert list(run.nodes.iterdir()) == []
+
+
+def test_one_that_is_told_to_end_before_the_last_word_has_reported(run: RunDir) -> None:
+    with lead(run) as leader:
+        follower = Follower(run, "d", PATIENT)
+        leader.wait()
+        leader.meet(0, None)
+        follower.report(BAD)
+        follower.leave()
+        assert leader.reports(failed=True) == [BAD]
+        assert leader.lost() is None
+        leader.dismiss(3)
+    assert list(run.nodes.iterdir()) == []
+
+
+class Clock:
+    """Of this machine, which can be suspended."""
+
+    def __init__(self) -> None:
+        self.slept_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.slept_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+def test_a_job_that_was_suspended_goes_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its processes were: who looks first finds the others silent for as long."""
+    clock = Clock()
+    monkeypatch.setattr(muster, "time", clock)
+    with lead(run) as leader:
+        follower = Follower(run, "d", PATIENT)
+        leader.wait()
+        leader.meet(0, None)
+        assert isinstance(follower.wait(), Go)
+        assert leader.trouble() is None
+        clock.slept_s += 600
+        assert leader.trouble() is None
+        holder = RunDir.holder
+        monkeypatch.setattr(RunDir, "holder", lambda run: None)  # as from another machine: not touched for ten minutes
+        assert follower.trouble() is None
+        clock.slept_s += 4  # not suspended
+        monkeypatch.setattr(RunDir, "holder", holder)  # it has been touched
+        assert follower.trouble() is None
+        monkeypatch.setattr(RunDir, "holder", lambda run: None)
+        for _ in range(15):
+            clock.slept_s += 4
+            leader.trouble()
+            follower.trouble()
+        assert follower.trouble() == "the node that leads is gone"
+        assert "has not been heard of" in (leader.trouble() or "")
+        follower.leave()
+
+
+def test_what_a_leader_left_that_was_killed_opens_no_run_that_waits_for_nobody(run: RunDir) -> None:
+    killed = dataclasses.replace(Holder.me(), pid=1)
+    write_json(run.nodes / "open", dataclasses.asdict(killed))
+    with run.lock(), pytest.raises(RunError, match="in use by"), lead(run):
+        pass
+
+
+def test_one_that_slipped_in_as_the_others_began_does_not_wait_for_the_runs_end(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muster, "TOUCH_S", 0.0)
+    monkeypatch.setattr(muster, "CLOSED_S", 0.3)
+    with lead(run, 1) as leader:
+        leader.wait()
+        leader.meet(0, None)
+        late = Follower(run, "d", PATIENT)  # it had seen that the run was open
+        with pytest.raises(RunError, match="has begun without this machine"):
+            late.wait()
+        late.leave()
+
+
+def started(name: str | None, *, leads: bool = False) -> Gathering:
+    return Gathering(leads=leads, timeout_s=20, start=name)
+
+
+def test_a_machine_of_another_start_takes_nobodys_place(run: RunDir) -> None:
+    lines: list[str] = []
+    with enter(run, started("7.0", leads=True), 2, "d", lines.append) as leader:
+        assert isinstance(leader, Leader)
+        strangers = [Follower(run, "d", started(name)) for name in ("8.0", None)]
+        mine = Follower(run, "d", started("7.0"))
+        assert leader.wait() == 2
+        leader.meet(0, None)
+        for stranger in strangers:
+            assert isinstance(word := stranger.wait(), Over)
+            assert (word.exit_code, "started twice" in word.message) == (2, True)
+        assert isinstance(mine.wait(), Go)
+    assert len([line for line in lines if "started twice" in line]) == 2
+    for one in (*strangers, mine):
+        one.leave()
+
+
+def test_one_that_comes_when_its_start_is_over_is_told(run: RunDir) -> None:
+    """Else it would hold its GPUs, waiting for a leader that does not come."""
+    with pytest.raises(RunError), lead(run, gathering=started("7.0", leads=True)):
+        raise RunError("this run is done")
+    late = Follower(run, "d", started("7.0"))
+    assert late.wait() == Over(2, "this run is done")
+    late.leave()
+    again = Follower(run, "d", dataclasses.replace(started("7.1"), timeout_s=0.3))
+    with pytest.raises(RunError, match="no machine leads"):
+        again.wait()
+    again.leave()
 
 
 def test_another_configuration_is_refused_on_all(run: RunDir, other: Any) -> None:
@@ -325,7 +505,7 @@ def test_whoever_follows_one_that_is_gone_follows_no_other(
     monkeypatch.setattr(Holder, "me", lambda: dataclasses.replace(me, since="later"))
     with lead(run, 2, Gathering(timeout_s=20, least=1, last_call_s=0.7)) as leader:
         assert left.trouble() == "the node that leads is gone"
-        reported = other(left.report, BAD)
+        reported = other(told, left, BAD)
         assert leader.wait() == 1
         leader.meet(1, None)
         assert leader.trouble() is None

@@ -54,9 +54,10 @@ def test_on_its_node_a_task_starts_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("DTRAIN_BATCH", "7.0")
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NODEID", "1")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     launcher = Slurm(nodes=2, gpus_per_node=8)
     assert launcher.job(Path("/r"), ["launch"]) is None
-    assert launcher.gathering().leads is False
+    assert (launcher.gathering().leads, launcher.gathering().start) == (False, "7.0.0")
     assert launcher.machine(NODE) == NODE
     with pytest.raises(PlanError, match="no GPU is visible"):
         launcher.topology("cuda", LOGIN)
@@ -111,7 +112,7 @@ def test_good_values_are_no_problem() -> None:
 
 def read_by_bash(script: str, folder: Path, **env: str) -> tuple[list[str], str]:
     """The words of the command and the folder, as bash reads them."""
-    end = next(line for line in script.splitlines() if line.startswith("trap 'echo"))
+    end = next(line for line in script.splitlines() if line.startswith("trap :"))
     head = script[: script.index(end)]
     out = folder / "words"
     text = head + 'printf "%s\\0" "$run" "${command[@]}" >"$OUT"\n'
@@ -120,6 +121,13 @@ def read_by_bash(script: str, folder: Path, **env: str) -> tuple[list[str], str]
     assert done.returncode == 0, done.stderr
     words = out.read_bytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
     return words[1:], words[0]
+
+
+def test_a_script_that_is_told_before_it_starts_anything_says_so(tmp_path: Path) -> None:
+    """Asking Slurm for the time and loading modules takes seconds."""
+    made = job(str(tmp_path / "r"), ("launch",), prolog=("mkdir r", "kill -USR1 $$"))
+    read_by_bash(made.script, tmp_path)
+    assert (tmp_path / "r" / "STOP").read_text() == "1.0\n"
 
 
 @settings(max_examples=25, deadline=None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from dtrain import cli
 from dtrain.errors import RunError
+from dtrain.launchers import supervise
 from dtrain.plan import propose as planning
 from dtrain.runs import Outcome, RunDir, lock
 from dtrain.runs.failures import Failure
@@ -139,6 +142,40 @@ def test_one_that_plans_ends_once_it_knows_what_it_is(
     assert first == "SIGUSR1: it ends as soon as it has planned; again: at once"
     assert second.endswith("the batch script is asked to queue the job again")
     assert run.requeue.read_text() == "7.0\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_comes_once_the_ranks_have_ended_changes_nothing(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    """A job whose run is done was queued again for it, and a pod made again, only to be refused."""
+    monkeypatch.setenv("DTRAIN_BATCH", "7.0")
+
+    def ended(command: Any, run: RunDir, attempt: int, **how: Any) -> Outcome:
+        os.kill(os.getpid(), signum)
+        return run.write_outcome("done", attempt)
+
+    monkeypatch.setattr(supervise, "supervise", ended)
+    assert cli.run(TYPED) == 0
+    assert not run.requeue.exists()
+    assert run.read_manifest()["attempts"][0]["ended"] == "done"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_comes_while_modules_are_read_waits(run: RunDir, signum: signal.Signals) -> None:
+    """As soon as Python runs the first line of dtrain; it ended by the system's default, without a word."""
+    code = (
+        "import os, sys, dtrain.__main__ as m\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *more):\n"
+        f"        if name == 'dtrain.cli': os.kill(os.getpid(), {int(signum)})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv = ['dtrain', *{TYPED}]\n"
+        "m.main()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert ran.returncode == 75, ran.stderr
+    assert f"{signum.name}: it ends as soon as it has planned" in ran.stderr
 
 
 def test_what_a_rank_finds_wrong_in_the_input_is_told_as_any_such(

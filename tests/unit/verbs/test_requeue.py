@@ -52,14 +52,12 @@ def test_a_failure_that_comes_again_is_not_tried_for_ever() -> None:
 
 
 def test_what_was_asked_of_an_earlier_start_is_removed(run: RunDir) -> None:
-    run.stop_trigger.write_text("7.0\n")
     run.requeue.write_text("6.0\n")
     run.nodes.mkdir()
     run.joined.touch()
     forget(run)
     assert not run.joined.exists(), "else the ranks of a machine alone would stop for it"
-    assert run.stop_trigger.exists()
     assert not run.requeue.exists()
-    run.stop_trigger.write_text("")
+    run.requeue.write_text("7.0\n")
     forget(run)
-    assert not run.stop_trigger.exists()
+    assert run.requeue.exists()

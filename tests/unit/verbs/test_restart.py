@@ -12,6 +12,7 @@ from dtrain.config.spec import Gathering, Restarts
 from dtrain.runs import Outcome, RunDir
 from dtrain.runs.outcomes import JOINED, LEFT
 from dtrain.verbs._restart import MOST_S, after_failure, wait_s, with_others
+from dtrain.verbs._told import Wish, heeded
 
 
 @pytest.fixture
@@ -20,22 +21,31 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return RunDir(tmp_path)
 
 
-def after(run: RunDir, *ends: tuple[str, int], most: int = 3, wait: float = 0.0) -> tuple[bool, str]:
+def after(
+    run: RunDir, *ends: tuple[str, int], most: int = 3, wait: float = 0.0, wish: Wish | None = None
+) -> tuple[bool, str]:
     """Whether it is started again after attempts that ended so, each with its first step; and what is said."""
     run.write_manifest({"attempts": []})
     for attempt, (kind, step) in enumerate(ends):
         run.add_attempt(attempt, ended=kind, first_step=step)
     said: list[str] = []
     outcome = run.write_outcome(ends[-1][0], len(ends) - 1)
-    return after_failure(run, outcome, Restarts(most, wait), said.append), "\n".join(said)
+    return after_failure(run, outcome, Restarts(most, wait), wish or quiet(run), said.append), "\n".join(said)
+
+
+def quiet(run: RunDir) -> Wish:
+    """Nobody wishes anything."""
+    wish = Wish()
+    wish.known(run, 75)
+    return wish
 
 
 def test_machines_that_leave_do_not_count_where_others_may_go_on(run: RunDir) -> None:
     for attempt, kind in enumerate(["worker", "lost", "lost", "worker"]):
         run.add_attempt(attempt, ended=kind, first_step=attempt)
     outcome = run.write_outcome("worker", 3)
-    assert after_failure(run, outcome, Restarts(2, 0, counts_lost=False), lambda line: None)
-    assert not after_failure(run, outcome, Restarts(2, 0), lambda line: None)
+    assert after_failure(run, outcome, Restarts(2, 0, counts_lost=False), quiet(run), lambda line: None)
+    assert not after_failure(run, outcome, Restarts(2, 0), quiet(run), lambda line: None)
 
 
 @pytest.mark.parametrize(("kind", "reason", "expected"), [
@@ -57,7 +67,7 @@ def test_machines_do_not_leave_for_ever_at_one_step(run: RunDir, first_steps: li
     outcome, said = run.write_outcome("lost", len(first_steps) - 1), []
     assert with_others(run, outcome, Gathering(least=1), said.append) is expected
     assert ("began at step 4" in said[-1]) is not expected
-    assert not after_failure(run, outcome, Restarts(3, 0, counts_lost=False), said.append)
+    assert not after_failure(run, outcome, Restarts(3, 0, counts_lost=False), quiet(run), said.append)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
@@ -92,14 +102,17 @@ def test_waits_grow() -> None:
     assert [wait_s(10, failed) for failed in (1, 2, 3, 9)] == [10, 20, 40, MOST_S]
 
 
-def test_it_waits_and_a_signal_ends_that(run: RunDir) -> None:
+def test_it_waits_and_a_signal_ends_that(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
+    """With what has a pod made again: the failure is not the end of the run."""
     began = time.monotonic()
     assert after(run, ("worker", 0), wait=0.3)[0]
     assert time.monotonic() - began >= 0.3
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    went_on, said = after(run, ("worker", 0), wait=60)
-    assert not went_on
-    assert said.endswith("SIGTERM: not started again")
+    with pytest.raises(SystemExit) as ended, heeded() as wish:  # noqa: PT012
+        wish.known(run, 143)
+        after(run, ("worker", 0), wait=60, wish=wish)
+    assert ended.value.code == 143
+    assert "SIGTERM: ended while no rank ran" in capfd.readouterr().err
     assert time.monotonic() - began < 20
     assert signal.getsignal(signal.SIGTERM) is before
