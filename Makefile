@@ -56,8 +56,8 @@ check: lint test ## all that a change must pass
 faults: install  ## every fault, hangs, what a cluster does; writes the table of docs/reliability.md; a quarter of an hour
 	$(BIN)/python -m tests.faults.table $(ROWS)
 
-soak: install    ## runs that live through accidents drawn at random; SECONDS=600, SEED=...
-	$(BIN)/python -m tests.faults.soak --seconds $(or $(SECONDS),600) $(SEED:%=--seed %)
+soak: install    ## runs that live through accidents drawn at random; SECONDS=600, SEED=..., TYPED='...'
+	$(BIN)/python -m tests.faults.soak --seconds $(or $(SECONDS),600) $(SEED:%=--seed %) $(TYPED)
 
 gpu-check: install ## every strategy on this machine's GPUs in bf16: tokens/s, MFU, peak memory, losses that agree
 	env -u OMP_NUM_THREADS $(BIN)/python bench/gpu_check.py

@@ -2,7 +2,8 @@
 ranks; each is to end as the run of one process that nothing happened to.
 
 What tests show of one fault at one moment, this looks for at any moment and in any order. It finds what nobody has thought
-of, so it is not part of the tests: `SECONDS=600 SEED=...`; the seed draws the same lives, though not the same moments.
+of, so it is not part of the tests: `SECONDS=600 SEED=... TYPED='tuning=lora ...'`; the seed draws the same lives, though
+not the same moments.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dtrain.runs import RunDir
@@ -127,10 +128,11 @@ def _flip(run: RunDir, draw: random.Random) -> None:
 class Soak:
     """Lives one after the other, in a folder of their own."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, typed: Sequence[str] = ()) -> None:
+        self._typed = [*TYPED, *typed]
         self._machines, self._draw = Machines(folder, num_texts=1200), random.Random(seed)
         self._whole = self._run("whole")
-        whole = self._machines.start(*TYPED, "run.name=whole", "strategy=ddp", "launcher.procs=1")
+        whole = self._machines.start(*self._typed, "run.name=whole", "strategy=ddp", "launcher.procs=1")
         assert whole.wait(300) == 0, self._machines.said(0)
         self._steps = {row["step"]: row for row in read(self._whole.metrics)}
         self._rows = dict(rows_of(self._whole, 0)[0])
@@ -146,7 +148,7 @@ class Soak:
             what = self._draw.choice(list(ACCIDENTS)) if attempts < 12 else "none"
             how, nodes = self._how()
             began, slow = len(self._machines.started), f"{SLOWLY},{self._draw.choice(WHERE)}:sleep=0.05"
-            scene = Scene(run, [self._machines.start(*TYPED, *how, f"run.name={run.name}", DTRAIN_FAIL=slow)
+            scene = Scene(run, [self._machines.start(*self._typed, *how, f"run.name={run.name}", DTRAIN_FAIL=slow)
                                 for _ in range(nodes)], self._draw)  # fmt: skip
             attempts += 1
             self._wait(scene)
@@ -231,10 +233,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Runs that live through accidents, drawn at random.")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument("typed", nargs="*", help="what else all runs are launched with")
     args = parser.parse_args()
     folder, began = Path(tempfile.mkdtemp(prefix="dtrain-soak-")), time.monotonic()
     print(f"seed {args.seed}, in {folder}", flush=True)
-    soak, lives, attempts = Soak(folder, args.seed), 0, 0
+    soak, lives, attempts = Soak(folder, args.seed, args.typed), 0, 0
     while time.monotonic() - began < args.seconds:
         lives += 1
         attempts += soak.live(lives)
