@@ -33,13 +33,14 @@ STEPS = 120
 TYPED = [*SMALL, "dataset.path=texts.jsonl", "dataset.on_long=split", f"train.steps={STEPS}", "eval.every_steps=10",
          "eval.fraction=0.05", "optim.lr=1e-3", "tracker=jsonl", "tracker.jsonl.plot=false", "run.hang_after=60"]  # fmt: skip
 SLOWLY = "train.forward:sleep=0.02"
-WHERE = ("at.eval", "at.save", "ckpt.stage", "ckpt.tensors", "ckpt.mid", "ckpt.manifest", "ckpt.rename", "ckpt.committed",
-         "ckpt.pointed", "discard")  # fmt: skip
-"""One of these places takes longer than it would."""
+WHERE = ("at.eval:sleep=0.1", "at.save:sleep=0.1", "ckpt.stage:sleep=0.1", "ckpt.tensors:sleep=0.1", "ckpt.mid:sleep=0.002",
+         "ckpt.manifest:sleep=0.1", "ckpt.rename:sleep=0.1", "ckpt.committed:sleep=0.1", "ckpt.pointed:sleep=0.1",
+         "discard:sleep=0.1")  # fmt: skip
+"""One of these places takes longer than it would; in the middle of a file there are many."""
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 CLOSE = 1e-3
 """Of losses: sums in another order come apart a little more with each step; other rows would be a hundred times that."""
-LONG_S = 90.0
+LONG_S = 120.0
 """No attempt takes as long, after its accident or without one."""
 LEFT_S = 20.0
 """By then the ranks of a launcher that was killed have saved and ended."""
@@ -147,7 +148,7 @@ class Soak:
         while True:
             what = self._draw.choice(list(ACCIDENTS)) if attempts < 12 else "none"
             how, nodes = self._how()
-            began, slow = len(self._machines.started), f"{SLOWLY},{self._draw.choice(WHERE)}:sleep=0.05"
+            began, slow = len(self._machines.started), f"{SLOWLY},{self._draw.choice(WHERE)}"
             scene = Scene(run, [self._machines.start(*self._typed, *how, f"run.name={run.name}", DTRAIN_FAIL=slow)
                                 for _ in range(nodes)], self._draw)  # fmt: skip
             attempts += 1
