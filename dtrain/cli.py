@@ -64,6 +64,11 @@ def run(argv: Sequence[str]) -> int:  # noqa: PLR0911 - one for each way to end
         return int(module.run(parse(argv[1:])))
     except DtrainError as error:
         return report(error)
+    except PermissionError as error:
+        if verb in INTERNAL or error.filename is None:
+            raise
+        return report(UserError(f"{error.filename}: {error.strerror}; it is somebody else's, or closed: have it opened "
+                                f"for you, or name another place"))  # fmt: skip
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT

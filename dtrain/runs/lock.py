@@ -108,7 +108,11 @@ def hold(run_dir: Path, note: Callable[[str], None]) -> Iterator[Holder]:
     for file systems without such locks.
     """
     path = run_dir / NAME
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror}); whoever started a run goes on with it: give "
+                       f"this one its own `run.name`, or set `run.dir` to a folder of yours") from None  # fmt: skip
     try:
         by_kernel = _flock(fd, run_dir)
         before = _read(path)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dtrain.runs import Holder, RunDir
 
 LOOK_S = 0.2
+_ASK = "whoever started it can stop it"
 TWICE_S = 0.5
 """Between two signals, for the launcher not to take them for one."""
 
@@ -41,10 +42,16 @@ def _ask(run: RunDir, holder: Holder, *, now: bool) -> None:
     if not holder.is_here:
         if now:
             raise RunError(f"--now: it runs on {holder.host}; type it there")
-        run.stop_trigger.touch()
+        try:
+            run.stop_trigger.touch()
+        except OSError as error:
+            raise RunError(f"{run.stop_trigger}: cannot be made ({error.strerror}); {_ASK}") from None
         print(f"{run.stop_trigger} is made: rank 0 looks for it each second; a job of a scheduler is queued again then")
         return
-    os.kill(holder.pid, signal.SIGTERM)
+    try:
+        os.kill(holder.pid, signal.SIGTERM)
+    except PermissionError:
+        raise RunError(f"{run.path}: {holder} is somebody else's; {_ASK}") from None
     if now:
         time.sleep(TWICE_S)
         os.kill(holder.pid, signal.SIGTERM)

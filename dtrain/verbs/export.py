@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         write_export(tensors, shapes, to, assets=source.assets, dtype=dtype, max_shard_bytes=max_shard_bytes,
                      adapter=adapter)  # fmt: skip
     except OSError as error:
-        raise ExportError(f"{to}: cannot be written ({error.strerror or error}); nothing is left of it") from None
+        raise ExportError(f"{to}: cannot be written ({error.strerror or error}); nothing is left of it; name "
+                          f"another folder with --to") from None  # fmt: skip
     if source.check is not None:
         print(source.check(to), flush=True)
     print(f"exported to {to}")

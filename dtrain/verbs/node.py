@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.errors import RunError
+from dtrain.runs.beside import STOPS
 
 if TYPE_CHECKING:
     from dtrain.launchers._orders import Orders
@@ -45,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _obey(host: str, orders: Orders) -> int:
     from dtrain.launchers import afar
-    from dtrain.runs.process import die_with_parent
 
     control = Path(orders.control)
     try:
@@ -62,7 +62,7 @@ def _obey(host: str, orders: Orders) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+        preexec_fn=_begin,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -74,6 +74,14 @@ def _obey(host: str, orders: Orders) -> int:
     for pump in pumps:
         pump.join(SEEN_S)
     return code
+
+
+def _begin() -> None:
+    """Called in the new process. A stop may be there already: it waits until the command can act on it."""
+    from dtrain.runs.process import die_with_parent
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    die_with_parent(signal.SIGTERM)
 
 
 def _pump(source: int, to: int) -> None:

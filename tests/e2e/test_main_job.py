@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import pytest
 
 from dtrain.cli import run as here
 from dtrain.config.compose import group_choice
-from tests.e2e.command import SMALL, dtrain, rows, workers_of, write_chats, write_texts
+from tests.e2e.command import ROOT, SMALL, dtrain, rows, workers_of, write_chats, write_texts
 
 pytestmark = [
     pytest.mark.slow,
@@ -187,6 +192,46 @@ def test_what_comes_after(folder: Path, zero3) -> None:
     again = dtrain(folder, "export", "main", "--to", "half")
     assert (again.returncode, again.stdout) == (2, "")
     assert "is there already" in again.stderr
+
+
+READS = """
+import sys
+from dtrain.cli import run
+there, prompt, here = sys.argv[1:]
+typed = [["runs", "ls", there], ["runs", "show", f"{there}/main"], ["runs", "tail", f"{there}/main"],
+         ["ckpt", "ls", f"{there}/main"], ["ckpt", "verify", f"{there}/main"],
+         ["generate", f"{there}/main", "--prompt", prompt, "--max-new-tokens", "2"],
+         ["export", f"{there}/main", "--to", f"{here}/mine"],
+         ["export", f"{there}/main"], ["ckpt", "prune", f"{there}/main"], ["runs", "stop", f"{there}/main"],
+         ["launch", "dataset=files", f"dataset.path={prompt}", f"run.dir='{there}'", "run.name=main", "model=tiny"]]
+print("codes", [run(words) for words in typed])
+"""
+
+
+def _without_the_rights_of_root() -> None:
+    """Called in a new process: what the modes of files say binds it too."""
+    prctl, cap_set_drop = ctypes.CDLL(None).prctl, 24
+    for override in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH; gone once it runs a program; nobody else has them
+        prctl(cap_set_drop, override, 0, 0, 0)
+
+
+def test_who_may_only_read_a_run_can_do_all_that_reads(folder: Path, zero3, tmp_path: Path) -> None:
+    there = shutil.copytree(folder / "runs", tmp_path / "theirs", symlinks=True)
+    closed = [there, *there.rglob("*")]
+    for path in closed:
+        path.chmod(0o555 if path.is_dir() else 0o444, follow_symlinks=True)
+    try:
+        done = subprocess.run([sys.executable, "-c", READS, there, "texts.jsonl", tmp_path], cwd=folder, text=True,
+                              capture_output=True, check=False, preexec_fn=_without_the_rights_of_root,
+                              env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    finally:
+        for path in closed:
+            path.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert f"codes {[0] * 7 + [2] * 4}" in done.stdout, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    for said, whole in zip(("--to", "`run.dir`", "nothing to stop", "`run.dir`"), errors, strict=True):
+        assert said in whole
 
 
 def test_a_run_that_is_done_is_not_written_over(folder: Path, zero3) -> None:

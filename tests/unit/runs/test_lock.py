@@ -118,6 +118,12 @@ def test_one_of_many_wins(tmp_path: Path) -> None:
     assert len(won) == 1
 
 
+def test_a_lock_that_cannot_be_written_is_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()  # permissions do not bind root
+    with pytest.raises(RunError, match=r"\.lock: cannot be written .* its own `run.name`"), RunDir(tmp_path).lock():
+        pass
+
+
 def test_check_leaves_nothing_behind(tmp_path: Path) -> None:
     check(tmp_path / "a" / "b" / "c")
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dtrain import cli
-from dtrain.runs import RunDir, record_failure
+from dtrain.runs import Holder, RunDir, record_failure
 from dtrain.runs.listing import summary
 
 
@@ -129,6 +130,32 @@ def test_stop(runs: Path, capsys: pytest.CaptureFixture[str], signals: int, more
     code, said = typed(capsys, "stop", "a")
     assert code == 2
     assert "it is stopped, so there is nothing to stop" in said
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_run_of_somebody_else_is_theirs_to_stop(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def refuse(*what: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    run = RunDir(runs / "a")
+    holder = Holder.me() if where == "here" else dataclasses.replace(Holder.me(), host="elsewhere")
+    monkeypatch.setattr(RunDir, "holder", lambda run: holder)
+    monkeypatch.setattr(os, "kill", refuse)
+    run.stop_trigger.symlink_to(runs / "nowhere" / "x")
+    run.new_attempt()
+    code, said = typed(capsys, "stop", "a")
+    assert (code, "whoever started it can stop it" in said) == (2, True), said
+
+
+def test_what_a_file_refuses_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(args: object) -> int:
+        raise PermissionError(13, "Permission denied", "/theirs/file")
+
+    monkeypatch.setattr("dtrain.verbs.runs.run", refuse)
+    code, said = typed(capsys, "ls")
+    assert (code, said.startswith("error: /theirs/file: Permission denied; ")) == (2, True)
 
 
 def test_stop_does_not_wait_for_ever(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from dtrain.config.spec import Command, Gathering
 from dtrain.launchers import muster, supervise
 from dtrain.launchers.muster import Follower, Leader, Over, enter
 from dtrain.runs import RunDir
-from dtrain.verbs import _told
+from dtrain.verbs import _told, node
 from dtrain.verbs._told import Wish, heeded
 
 
@@ -126,3 +127,12 @@ def test_others_are_told_however_often_the_leader_is(wish: Wish, run: RunDir, mo
         assert isinstance(over := follower.wait(), Over)
         assert over.exit_code == 75
         follower.leave()
+
+
+def test_one_that_is_there_before_a_called_machine_begins_ends_nothing_unheard() -> None:
+    """Python would end by it as it starts, with 138 or 143."""
+    code = "import signal, time; print(signal.sigpending()); time.sleep(0.1)"
+    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=node._begin, stdout=subprocess.PIPE, text=True)
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=20)[0] == f"{ {signal.SIGUSR1} }\n"
+    assert process.returncode == 0
