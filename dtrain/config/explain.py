@@ -15,11 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.compose import choices, clip, conf_dir, group_choice
+from dtrain.config.compose import clip, conf_dir, group_choice
 from dtrain.config.schema import Config
 from dtrain.config.spec import GROUPS, AbstractSpec
-from dtrain.config.validate import find_spec
-from dtrain.errors import ConfigError
+from dtrain.config.validate import choices_with, find_spec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,16 +82,9 @@ def of_choice(group: str, choice: str, extra: Path | None, plugins: Sequence[str
 
 def with_key(name: str, extra: Path | None, plugins: Sequence[str] = ()) -> dict[str, Key]:
     """The key `group.key` of each choice that has it, by the choice, those with short names first."""
-    group = name.split(".", 1)[0]
-    found = {}
-    for choice in sorted(choices(extra).get(group, []), key=len):
-        try:
-            of = of_choice(group, choice, extra, plugins)
-        except ConfigError:  # a choice of a package that is not allowed here
-            continue
-        if name in of:
-            found[choice] = of[name]
-    return found
+    group, _, key = name.partition(".")
+    return {choice: of_choice(group, choice, extra, plugins)[name]
+            for choice in choices_with(key, group, extra, plugins)}  # fmt: skip
 
 
 def group_lines(group: str, names: Sequence[str], extra: Path | None) -> list[str]:

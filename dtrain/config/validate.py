@@ -8,11 +8,12 @@ import inspect
 import math
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dtrain.config.compose import choices, clip, conf_dir, load_yaml, nearest
+from dtrain.config.compose import choices, clip, group_choice, nearest
 from dtrain.config.names import NAMES
 from dtrain.config.schema import Batch, Checkpoint, Config, Eval, Export, Resume, Run, Train
 from dtrain.config.spec import GROUPS, AbstractSpec
@@ -112,6 +113,20 @@ def find_spec(target: object, group: str, plugins: Sequence[str], path: str = ""
     return found
 
 
+def choices_with(key: str, group: str, extra: Path | None = None, plugins: Sequence[str] = ()) -> list[str]:
+    """Choices of a group that have this key, short names first."""
+    if group not in GROUPS:  # sections and experiments have no choices with keys
+        return []
+    found = []
+    for choice in sorted(choices(extra)[group], key=len):
+        try:
+            cls = find_spec(group_choice(group, choice, extra).get("_target_"), group, plugins)
+        except ConfigError:  # a choice of a package that is not allowed here
+            continue
+        found += [choice] if key in _fields(cls) else []
+    return found
+
+
 def _why_not_imported(error: Exception, package: str) -> str:
     if isinstance(error, ModuleNotFoundError):
         where = "; install it, or put its folder into PYTHONPATH" if error.name == package else ""
@@ -199,7 +214,7 @@ def _unknown(cls: type, where: Sequence[str], fields: Sequence[str]) -> str:
     ours = getattr(cls, "elsewhere", {}).get(where[0])
     if ours:
         return f"dtrain settles this itself; use {ours}"
-    if others := _others_with(where[0], getattr(cls, "group", "")):
+    if others := choices_with(where[0], getattr(cls, "group", "")):
         few = f"{', '.join(others[:3])}{' and others' * (len(others) > 3)}"
         return f"{NOT_HERE}; there is one with {cls.group}={few}"  # type: ignore[attr-defined]
     return f"unknown key{_meant(where[0], fields)}"
@@ -214,18 +229,6 @@ def _meant(key: str, keys: Sequence[str], *, inside: bool = True) -> str:
         if said:
             return said if said is near else f"; here it is {said}"
     return f"; there are: {', '.join(keys) or 'none'}"
-
-
-def _others_with(key: str, group: str) -> list[str]:
-    """Choices of dtrain's own in a group that have this key, short names first."""
-    found = []
-    for choice in choices().get(group, []):
-        try:
-            cls = find_spec(load_yaml(conf_dir() / group / f"{choice}.yaml").get("_target_"), group, ())
-        except ConfigError:
-            continue
-        found += [choice] if key in _fields(cls) else []
-    return sorted(found, key=len)
 
 
 def _reason(error: Any) -> str:
