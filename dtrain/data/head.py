@@ -65,7 +65,7 @@ def look(
     tried = _try(dataset, facts, encoder, tokenizer, tell)
     if not tried.rows:
         raise nothing_left(tried.counts)
-    held_rows = _held_rows(dataset, encoder, tokenizer, head, tried.counts)
+    held_rows = _held_rows(dataset, encoder, tokenizer, head)
     write_rows(folder / FILES[1], held_rows, max_length=dataset.max_length, packed=dataset.packing)
     num_tokens = sum(len(row.tokens) for row in tried.rows)
     prepared = {
@@ -174,8 +174,7 @@ def _try(dataset: DatasetSpec, facts: Facts, encoder: Encoder, tokenizer: TextTo
     return tried
 
 
-def _held_rows(dataset: DatasetSpec, encoder: Encoder, tokenizer: TextTokenizer, head: _Head,
-               counts: Counts) -> list[Row]:  # fmt: skip
+def _held_rows(dataset: DatasetSpec, encoder: Encoder, tokenizer: TextTokenizer, head: _Head) -> list[Row]:
     rows: list[Row] = []
     bad, chunk, chars = BadRows.of(dataset), [], 0
     for i, example in enumerate(head.held):

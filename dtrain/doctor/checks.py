@@ -137,7 +137,7 @@ def disk(place: Place) -> Iterator[Finding]:
         return
     try:
         yield _space(folder)
-        yield _speed(here, folder)
+        yield _speed(here)
         yield _semantics(here, folder)
     except OSError as error:
         yield Finding("disk", "fail", f"{folder}: {error.strerror}", "make room, or name another folder by run.dir")
@@ -156,7 +156,7 @@ def _space(folder: Path) -> Finding:
     return Finding("space", "ok", text)
 
 
-def _speed(here: Path, folder: Path) -> Finding:
+def _speed(here: Path) -> Finding:
     block, written = os.urandom(BLOCK_BYTES), 0
     began = time.perf_counter()
     with (here / "large").open("wb", buffering=0) as file:

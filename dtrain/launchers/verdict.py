@@ -104,7 +104,7 @@ def judge_all(run: RunDir, attempt: int, ends: Sequence[NodeEnd], *, trouble: st
         return run.write_outcome("launcher" if lost is None else "lost", attempt, message=elsewhere)
     if first is not None:
         return run.write_outcome(first.kind, attempt, step=first.step, message=first.message, failure=first)
-    return run.write_outcome("launcher", attempt, message=_launcher_message(run, attempt, returncode))
+    return run.write_outcome("launcher", attempt, message=_launcher_message(returncode))
 
 
 def _stopped_for(run: RunDir, recorded: Outcome, lost: str | None, told: int | None) -> Outcome:
@@ -172,7 +172,7 @@ def _inside(one: Stuck) -> str:
     return "its process is halted (SIGSTOP)" if one.stopped else one.line().partition(", ")[2]
 
 
-def _launcher_message(run: RunDir, attempt: int, returncode: int | None) -> str:
+def _launcher_message(returncode: int | None) -> str:
     if returncode == 0:
         return "the processes ended without saying how"
     how = f"exit code {returncode}" if returncode is None or returncode >= 0 else signal.Signals(-returncode).name

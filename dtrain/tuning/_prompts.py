@@ -58,7 +58,7 @@ def add(bundle: ModelBundle, what: Prompt, *, seed: int) -> ModelBundle:
     module.add_module(NAME, encoder)
     module.begin_by(Encoded(encoder, config))
     weights = _Weights(bundle.weights, start)
-    return dataclasses.replace(bundle, weights=weights, adapter=_Adapter(module, config, start))
+    return dataclasses.replace(bundle, weights=weights, adapter=_Adapter(module, config))
 
 
 def completed(config: PromptLearningConfig, of_model: Any) -> PromptLearningConfig:
@@ -176,7 +176,7 @@ class _Weights(AbstractWeights):
 class _Adapter(AbstractAdapter):
     pure = True
 
-    def __init__(self, module: CausalLM, config: Any, start: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, module: CausalLM, config: Any) -> None:
         self._module, self._config = module, config
         said = {key: getattr(value, "value", value) for key, value in config.to_dict().items()}
         self.config = said | {"inference_mode": True}

@@ -36,7 +36,7 @@ def launch(combinations: list[list[str]], args: argparse.Namespace) -> int:
     words = [one.words(overrides, args) for overrides in typed]
     job = _array(proposals, runs, words)
     if job is not None:
-        return _as_tasks(job, proposals, runs, typed, args)
+        return _as_tasks(job, runs, typed, args)
     codes: list[int] = []
     for i, overrides in enumerate(typed):
         _head(i, names, combinations[i])
@@ -77,8 +77,7 @@ def check_no_array(launchers: Sequence[LauncherSpec], why: str) -> None:
         raise ConfigError.of(f"{value}: is of a sweep that is one job, and {why}" for value in values)
 
 
-def _as_tasks(job: Job, proposals: Sequence[Proposal], runs: Sequence[RunDir], typed: Sequence[list[str]],
-              args: argparse.Namespace) -> int:  # fmt: skip
+def _as_tasks(job: Job, runs: Sequence[RunDir], typed: Sequence[list[str]], args: argparse.Namespace) -> int:
     from dtrain.plan.describe import describe
     from dtrain.plan.propose import propose
     from dtrain.verbs import _submit

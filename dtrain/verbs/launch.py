@@ -181,7 +181,7 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config, 
         with wish.watching():
             nodes = leader.wait()
         if nodes != proposal.plan.topology.nodes:
-            proposal, settled = _on(nodes, run, proposal, prepared, settled)
+            proposal, settled = _on(nodes, run, proposal, prepared)
     attempt = run.new_attempt()
     _record(run, attempt, settled, proposal, prepared, said, start)
     limit = settled.run.time_limit
@@ -196,8 +196,7 @@ def train(run: RunDir, proposal: Proposal, prepared: Prepared, settled: Config, 
     return outcome
 
 
-def _on(nodes: int, run: RunDir, proposal: Proposal, prepared: Prepared,
-        settled: Config) -> tuple[Proposal, Config]:  # fmt: skip
+def _on(nodes: int, run: RunDir, proposal: Proposal, prepared: Prepared) -> tuple[Proposal, Config]:
     """The same for so many machines: another split of the same global batch."""
     from dtrain.plan.settle import settle
     from dtrain.verbs import _oom
