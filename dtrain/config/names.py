@@ -61,6 +61,15 @@ NAMES: Mapping[str, str] = {
     "load_in_4bit": "tuning=qlora",
     "quantization_bit": "tuning=qlora",
     "stage": "objective",
+    # preferences
+    "loss_type": "objective.loss with objective=dpo",
+    "pref_loss": "objective.loss with objective=dpo, or another objective",
+    "pref_beta": "objective.beta with objective=dpo, simpo or kto",
+    "simpo_gamma": "objective.gamma with objective=simpo",
+    "desirable_weight": "objective.good_weight with objective=kto",
+    "undesirable_weight": "objective.bad_weight with objective=kto",
+    "kto_chosen_weight": "objective.good_weight with objective=kto",
+    "kto_rejected_weight": "objective.bad_weight with objective=kto",
     # data
     "data_path": "dataset.path",
     "dataset_path": "dataset.path",

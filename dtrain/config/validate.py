@@ -213,7 +213,7 @@ def _unknown(cls: type, where: Sequence[str], fields: Sequence[str]) -> str:
         return "unknown key"
     ours = getattr(cls, "elsewhere", {}).get(where[0])
     if ours:
-        return f"dtrain settles this itself; use {ours}"
+        return f"unknown key; here it is {ours}"
     if others := choices_with(where[0], getattr(cls, "group", "")):
         few = f"{', '.join(others[:3])}{' and others' * (len(others) > 3)}"
         return f"{NOT_HERE}; there is one with {cls.group}={few}"  # type: ignore[attr-defined]

@@ -102,9 +102,11 @@ REFUSED = [
     ("run.name=" + "x" * 300, "xxx...: the name"),
     ("run.name=???", "run.name=???: the name"),
     ("run.dir=", "run.dir: empty; name a folder"),
-    # keys that DeepSpeed has and dtrain settles
-    ("strategy=zero3 strategy.train_batch_size=3", "dtrain settles this itself; use batch.global_batch"),
-    ("strategy=zero3 strategy.gradient_clipping=3", "use train.grad_clip"),
+    # keys as the libraries behind have them
+    ("strategy=zero3 strategy.train_batch_size=3", "strategy.train_batch_size: unknown key; here it is batch.global_batch"),
+    ("strategy=zero3 strategy.gradient_clipping=3", "here it is train.grad_clip"),
+    ("tuning=lora tuning.r=8", "tuning.r: unknown key; here it is tuning.rank"),
+    ("objective=kto objective.desirable_weight=2", "objective.desirable_weight: unknown key; here it is objective.good_weight"),
     ("strategy=zero1 strategy.offload_param=cpu", "only for stage 3"),
     ("strategy.stage=3", "strategy.stage: not a key of this choice"),
     ("experiment=smoke dataset.path=a", "dataset.max_files: not a key of this choice; there is one with dataset=stdlib; "
