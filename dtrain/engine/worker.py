@@ -20,6 +20,7 @@ from dtrain.engine.state import Progress
 from dtrain.engine.watched import Watched
 from dtrain.plan.world import World
 from dtrain.runs import RunDir, die_with_parent, record_failure, redirect, spare_a_file
+from dtrain.runs.process import ATTEMPT, DEADLINE
 
 if TYPE_CHECKING:
     from dtrain.checkpoint.saver import Saved
@@ -43,7 +44,7 @@ def work(run_dir: Path, *, plugins: Sequence[str]) -> None:
     its users can wait for each other for ever.
     """
     die_with_parent()
-    run, attempt = RunDir(run_dir), int(os.environ.get("DTRAIN_ATTEMPT", "0"))
+    run, attempt = RunDir(run_dir), int(os.environ.get(ATTEMPT, "0"))
     rank = int(os.environ.get("RANK", "0"))
     stream = redirect(run, attempt, rank)
     faulthandler.enable()
@@ -236,7 +237,7 @@ def _control(run: RunDir, config: Config, comm: AbstractComm, told: list[int]) -
     import time
 
     if comm.rank == 0:
-        deadline = os.environ.get("DTRAIN_DEADLINE")
+        deadline = os.environ.get(DEADLINE)
         left = None if deadline is None else float(deadline) - time.time()
         control = Control(trigger=run.save_trigger, stop_trigger=run.stop_trigger, joined=run.joined,
                           every_minutes=config.checkpoint.every_minutes, time_left_s=left)  # fmt: skip

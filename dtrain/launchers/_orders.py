@@ -17,15 +17,18 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 
 from dtrain.errors import ConfigError
+from dtrain.launchers._processes import NODE
+from dtrain.runs.host import HOST
+from dtrain.runs.process import ATTEMPT, MARK
 from dtrain.runs.secrets import is_secret_variable, scrub
 
 PASSED = ("CUDA_", "DS_", "DTRAIN_", "FI_", "GLOO_", "HF_", "HUGGING", "KMP_", "LD_LIBRARY_PATH", "MKL_", "NCCL_",
           "OMP_", "PATH", "PYTHON", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRITON_", "UCX_", "WANDB_")  # fmt: skip
 """How the names of variables begin that the other machines get too."""
-OWN = ("CUDA_VISIBLE_DEVICES", "DTRAIN_RUN", "DTRAIN_ATTEMPT", "DTRAIN_NODE", "DTRAIN_HOST", "DTRAIN_HOSTS")
-"""Those that each machine has its own of."""
 HOSTS = "DTRAIN_HOSTS"
 """Set on each machine that was called: how many there are, which one this is, and how many processes each has."""
+OWN = ("CUDA_VISIBLE_DEVICES", MARK, ATTEMPT, NODE, HOST, HOSTS)
+"""Those that each machine has its own of."""
 MOST_BYTES = 45_000
 """As base64 this is less than what a pipe holds, and than what a system takes as one word of a command."""
 _UNSAFE = re.compile(r"[\\!\x00-\x1f\x7f]")

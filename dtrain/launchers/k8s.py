@@ -15,13 +15,14 @@ from dtrain.config.spec import Command, Gathering, Job, LauncherSpec, Meeting, R
 from dtrain.launchers._here import machine_there, procs_here, procs_there, ranks
 from dtrain.plan.machine import Machine
 from dtrain.plan.world import Device, Topology
+from dtrain.runs.outcomes import STOPPED
 from dtrain.runs.secrets import is_secret
 
 LEAD = "DTRAIN_LEAD"
 """Set in every pod: the name of the first one."""
 INDEX = {"jobset": "JOB_COMPLETION_INDEX", "pytorchjob": "RANK"}
 """What a pod's number is found in, which those that make it set."""
-AGAIN = {"jobset": 75, "pytorchjob": 143}
+AGAIN = {"jobset": STOPPED, "pytorchjob": 143}
 """The exit code after which a pod is made again. A PyTorchJob takes codes below 128 for the end."""
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _DOMAIN = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})*")

@@ -18,9 +18,8 @@ from dtrain.errors import ConfigError
 from dtrain.launchers._here import machine_there, procs_here, procs_there, ranks
 from dtrain.plan.machine import Machine
 from dtrain.plan.world import Device, Topology
+from dtrain.runs.process import BATCH
 
-BATCH = "DTRAIN_BATCH"
-"""Set by the batch script to the job's number and how often it was queued again: names this start of it."""
 _VALUE = re.compile(r"[A-Za-z0-9_.,:=+@/%*|&()\[\]!~-]+")
 _OPTION = re.compile(rf"--[a-z][a-z0-9-]*(={_VALUE.pattern})?")
 _MODULE = re.compile(r"[A-Za-z0-9_.+/@:-]+")

@@ -24,7 +24,7 @@ from dtrain.launchers.verdict import NodeEnd, judge_all
 from dtrain.runs import Outcome, RunDir, die_with_parent
 from dtrain.runs.beside import SAME_PRESS_S, caught
 from dtrain.runs.lock import BEAT_S
-from dtrain.runs.process import MARK
+from dtrain.runs.process import ATTEMPT, DEADLINE, MARK
 from dtrain.runs.pulse import FOLDER, Place
 
 POLL_S = 0.1
@@ -106,7 +106,7 @@ def deadline_of(limit_s: float | None) -> float | None:
     """By the clock, when the ranks are to have saved and ended: `limit_s` from now, or earlier where a batch script
     says when its job is over.
     """
-    ends = [float(os.environ["DTRAIN_DEADLINE"])] if os.environ.get("DTRAIN_DEADLINE") else []
+    ends = [float(os.environ[DEADLINE])] if os.environ.get(DEADLINE) else []
     ends += [] if limit_s is None else [time.time() + limit_s]
     return min(ends, default=None)
 
@@ -115,7 +115,7 @@ def _timed(command: Command, deadline: float | None) -> Command:
     """With the time by which rank 0, wherever it is, keeps the run."""
     if deadline is None:
         return command
-    return Command(command.argv, {**command.env, "DTRAIN_DEADLINE": f"{deadline:.0f}"})
+    return Command(command.argv, {**command.env, DEADLINE: f"{deadline:.0f}"})
 
 
 def _see_through(job: _Job, heed: Callable[[], None]) -> _Job:
@@ -207,7 +207,7 @@ class _Job:
             self.forced = True
 
     def start(self) -> None:
-        env = {**os.environ, **self.command.env, MARK: str(self.run.path), "DTRAIN_ATTEMPT": str(self.attempt),
+        env = {**os.environ, **self.command.env, MARK: str(self.run.path), ATTEMPT: str(self.attempt),
                FOLDER: str(self.pulses)}  # fmt: skip
         if self.team is not None:
             env[NODE] = self.team.token

@@ -12,7 +12,9 @@ JOINED, LEFT = "another machine has come", "a machine has left"
 """Reasons for which a run that may do with fewer and more machines goes on: all meet anew."""
 BY_SCHEDULER = (TIME_LIMIT, STOP_FILE, "SIGUSR1")
 """Reasons that come from a job's time being over rather than from a person who wants an end."""
-EXIT_CODES = {"done": 0, "user": 2, "stopped": 75}
+STOPPED = 75
+"""The exit code of a run that was stopped on purpose and saved."""
+EXIT_CODES = {"done": 0, "user": 2, "stopped": STOPPED}
 """Of `dtrain launch`; every other kind is 3."""
 
 

@@ -13,6 +13,15 @@ from dtrain.runs.folder import RunDir
 MARK = "DTRAIN_RUN"
 """Set to the run folder in the environment of every process of a run, so that none is left behind."""
 
+ATTEMPT = "DTRAIN_ATTEMPT"
+"""In the environment of every rank: the number of the attempt."""
+
+DEADLINE = "DTRAIN_DEADLINE"
+"""By the clock, in seconds, when the ranks are to have saved and ended; a batch script sets it, or the launcher."""
+
+BATCH = "DTRAIN_BATCH"
+"""Set by a batch script to a name for this start of its job: the job's number, and how often it was queued again."""
+
 REHEARSAL = "DTRAIN_REHEARSAL"
 """In the environment of every rank of a rehearsal: how many steps an attempt makes."""
 

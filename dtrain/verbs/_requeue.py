@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtrain.runs.process import BATCH
+
 if TYPE_CHECKING:
     from dtrain.runs import Outcome, RunDir
 
@@ -23,7 +25,7 @@ def forget(run: RunDir) -> None:
 
 def is_of_this_start(path: Path) -> bool:
     """Whether a file was made by the batch script that has started this, or for it."""
-    batch = os.environ.get("DTRAIN_BATCH")
+    batch = os.environ.get(BATCH)
     try:
         return batch is not None and path.read_text(encoding="utf-8").strip() == batch
     except FileNotFoundError:
@@ -32,7 +34,7 @@ def is_of_this_start(path: Path) -> bool:
 
 def ask(run: RunDir) -> bool:
     """Ask the batch script for another start; False where none has started this, or the disk takes no file."""
-    batch = os.environ.get("DTRAIN_BATCH")
+    batch = os.environ.get(BATCH)
     if batch is None:
         return False
     try:
@@ -48,8 +50,7 @@ def decide(run: RunDir, outcome: Outcome, max_restarts: int, say: Callable[[str]
     """
     from dtrain.runs.outcomes import BY_SCHEDULER
 
-    batch = os.environ.get("DTRAIN_BATCH")
-    if batch is None:
+    if BATCH not in os.environ:
         return
     if outcome.kind == "stopped":
         again = outcome.reason in BY_SCHEDULER
@@ -60,8 +61,8 @@ def decide(run: RunDir, outcome: Outcome, max_restarts: int, say: Callable[[str]
         again = why_not is None
     else:
         again = False
-    if again:
-        run.requeue.write_text(batch + "\n", encoding="utf-8")
+    if again and not ask(run):
+        say(f"not queued again: {run.requeue} could not be written")
 
 
 def failed_in_a_row(attempts: Sequence[Mapping[str, Any]]) -> int:

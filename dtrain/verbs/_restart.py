@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dtrain.runs.outcomes import JOINED, LEFT
+from dtrain.runs.process import BATCH
 from dtrain.verbs import _oom
 from dtrain.verbs._requeue import FAILURES, failed_in_a_row, refusal
 
@@ -60,7 +61,7 @@ def after_failure(run: RunDir, outcome: Outcome, restarts: Restarts, wish: Wish,
     """The same of a failure that may not come again; a batch script starts its own. While it waits no rank runs: a
     signal ends it as it would before the first start, so that a pod which is told to go is made again.
     """
-    if os.environ.get("DTRAIN_BATCH") or outcome.kind not in FAILURES or not restarts.most:
+    if os.environ.get(BATCH) or outcome.kind not in FAILURES or not restarts.most:
         return False
     attempts = run.read_manifest().get("attempts", [])
     if not restarts.counts_lost:

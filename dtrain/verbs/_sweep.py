@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.errors import ConfigError, DtrainError, UserError
+from dtrain.runs.outcomes import STOPPED
 
 if TYPE_CHECKING:
     from dtrain.config.spec import Job, LauncherSpec
@@ -44,7 +45,7 @@ def launch(combinations: list[list[str]], args: argparse.Namespace) -> int:
             codes.append(one.launch(overrides, args))
         except DtrainError as error:
             codes.append(report(error))
-        if codes[-1] == one.STOPPED:
+        if codes[-1] == STOPPED:
             break
     became = _became(proposals, runs, words, args)
     print(f"--- {codes.count(0)} of {len(names)} runs {became}")
@@ -53,7 +54,7 @@ def launch(combinations: list[list[str]], args: argparse.Namespace) -> int:
     for name, code in zip(names, codes, strict=False):
         if code:
             print(f"    {name}: exit code {code}")
-    return one.STOPPED if one.STOPPED in codes else next((code for code in codes if code), 0)
+    return STOPPED if STOPPED in codes else next((code for code in codes if code), 0)
 
 
 def _array(proposals: Sequence[Proposal], runs: Sequence[RunDir], words: Sequence[Sequence[str]]) -> Job | None:

@@ -10,15 +10,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from dtrain.runs.beside import SAME_PRESS_S, STOPS, caught, every
-from dtrain.runs.outcomes import BY_SCHEDULER, STOP_FILE
+from dtrain.runs.outcomes import BY_SCHEDULER, STOP_FILE, STOPPED
 
 if TYPE_CHECKING:
     from dtrain.runs import RunDir
 
-STOPPED: Final = 75
 LOOK_S = 1.0
 AGAIN_S = 10.0
 """Python drops an exception that a signal raises within a finalizer or a callback of C: it is raised again."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import RunError, UserError
+from dtrain.runs.outcomes import STOPPED
 from dtrain.verbs import _overrides
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from dtrain.plan.propose import Proposal
     from dtrain.runs import Outcome, RunDir
     from dtrain.verbs._told import Wish
-
-
-STOPPED = 75
 
 
 def add(parser: argparse.ArgumentParser) -> None:

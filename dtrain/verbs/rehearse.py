@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import ConfigError, RunError
+from dtrain.runs.beside import caught
+from dtrain.runs.outcomes import STOPPED
 from dtrain.verbs import _overrides
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ STEPS = 2
 LEAST_STEPS = 2 * STEPS + 1
 """That the run must have for both to be stopped."""
 SUFFIX = ".rehearsal"
-STOPPED = 75
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -97,13 +98,8 @@ def _launch(typed: list[str]) -> int:
 
     env = {**os.environ, REHEARSAL: str(STEPS)}
     process = subprocess.Popen([sys.executable, "-m", "dtrain", "launch", *typed], env=env, stdin=subprocess.DEVNULL)
-    ours = (signal.SIGINT, signal.SIGTERM)
-    before = {one: signal.signal(one, lambda number, frame: process.send_signal(number)) for one in ours}
-    try:
+    with caught(lambda number, frame: process.send_signal(number), (signal.SIGINT, signal.SIGTERM)):
         return process.wait()
-    finally:
-        for one, old in before.items():
-            signal.signal(one, old)
 
 
 def _problem(run: RunDir, codes: list[int]) -> str | None:
