@@ -26,6 +26,7 @@ from dtrain.data.tokenizer import TextTokenizer
 from dtrain.datasets.badrows import BadRowError, BadRows, LeftOutError
 from dtrain.datasets.base import Example, Skipped
 from dtrain.errors import DataError
+from dtrain.plan.machine import num_cores
 
 CHUNK_CHARS = 256_000
 """Text that a process encodes at a time."""
@@ -227,11 +228,6 @@ def _encoded(chunks: Iterator[list[Example]], encoder: Encoder, tokenizer: TextT
                         "free some, or give it fewer cores, as in taskset -c 0-3 dtrain") from error  # fmt: skip
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _here: list[tuple[Encoder, TextTokenizer]] = []

@@ -18,6 +18,7 @@ from typing import Any
 from dtrain.doctor._children import Said, ask, ask_all
 from dtrain.doctor.finding import Finding
 from dtrain.plan.machine import Machine
+from dtrain.runs.host import free_port
 
 PROBE = "dtrain.doctor._probe"
 LEAST_BYTES, FEW_BYTES = 1e9, 20e9
@@ -258,14 +259,6 @@ def between(mine: list[tuple[str, int, int]], size: int, port: int, timeout_s: f
                        f"do in {usual:.1f}", "all wait for it: look at its clocks and temperature (nvidia-smi -q), and "
                        "at what else runs there")  # fmt: skip
     return Finding("ranks", "ok", text)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _installed(package: str) -> bool:

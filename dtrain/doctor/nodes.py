@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dtrain.doctor.checks import Place, between, file_system, free_port
+from dtrain.doctor.checks import Place, between, file_system
 from dtrain.doctor.finding import Finding
 from dtrain.runs.files import read_json, write_json
-from dtrain.runs.host import host_name, network
+from dtrain.runs.host import free_port, host_name, network
 
 COME_S = 60.0
 LOOK_S = 0.2

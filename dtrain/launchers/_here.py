@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from dtrain.config.spec import Command, Meeting
 from dtrain.errors import PlanError
-from dtrain.plan.machine import Machine
+from dtrain.plan.machine import Machine, num_cores
 from dtrain.plan.world import Device, Topology
 
 
@@ -97,7 +94,7 @@ def _env(procs: int, threads: int | Literal["auto"]) -> dict[str, str]:
     if threads != "auto":
         env["OMP_NUM_THREADS"] = str(threads)
     elif "OMP_NUM_THREADS" not in os.environ:
-        env["OMP_NUM_THREADS"] = str(max(1, usable_cores() // procs))
+        env["OMP_NUM_THREADS"] = str(max(1, num_cores() // procs))
     return env
 
 
@@ -105,20 +102,3 @@ def _alone() -> dict[str, str]:
     """What torchrun would set for the only process. Nobody has to find it: its store takes any port when it opens."""
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0"}  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPU cores that this process may use: its affinity, and the quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    try:
-        quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))

@@ -22,13 +22,12 @@ from typing import Any
 
 from dtrain.config.spec import Gathering, Meeting
 from dtrain.errors import DtrainError, RunError
-from dtrain.launchers._here import free_port
 from dtrain.launchers._network import interface_of, towards
 from dtrain.launchers._watch import NAP_S
 from dtrain.launchers.verdict import NodeEnd
 from dtrain.runs import RunDir
 from dtrain.runs.files import read_json, replace_json, write_json
-from dtrain.runs.host import host_name, network
+from dtrain.runs.host import free_port, host_name, network
 from dtrain.runs.lock import BEAT_S, Holder
 
 LOOK_S = 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 from collections.abc import Mapping
@@ -33,8 +34,17 @@ def look(env: Mapping[str, str] = os.environ) -> Machine:
     if visible is not None:
         count = min(count, len([one for one in visible.split(",") if one.strip() not in ("", "-1")]))
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cores, pages * size, count, name if count else "", memory if count else 0)
+    return Machine(num_cores(), pages * size, count, name if count else "", memory if count else 0)
+
+
+def num_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores that this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        quota, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
 def peak_flops(gpu_name: str) -> float | None:

@@ -1,4 +1,4 @@
-"""What this machine is called, and how to tell it from another that is called so too."""
+"""What this machine is called, how to tell it from another that is called so too, and a port of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 def host_name() -> str:
     """As the user's list of hosts calls it, where it was started by one; else as it calls itself."""
     return os.environ.get(HOST) or socket.gethostname()
+
+
+def free_port() -> int:
+    """One that nobody listens at here now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def pids() -> str:

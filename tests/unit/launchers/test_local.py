@@ -8,9 +8,8 @@ import pytest
 
 from dtrain.config.spec import Command
 from dtrain.errors import PlanError
-from dtrain.launchers._here import usable_cores
 from dtrain.launchers.local import Local
-from dtrain.plan.machine import Machine
+from dtrain.plan.machine import Machine, num_cores
 from dtrain.plan.world import Topology, World
 
 
@@ -60,9 +59,9 @@ def test_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     cores = len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert usable_cores(tmp_path) == min(cores, 2)  # a quota of 1.5
-    assert usable_cores(tmp_path / "none") == cores
-    assert int(build(1).env["OMP_NUM_THREADS"]) == usable_cores()
+    assert num_cores(tmp_path) == min(cores, 2)  # a quota of 1.5
+    assert num_cores(tmp_path / "none") == cores
+    assert int(build(1).env["OMP_NUM_THREADS"]) == num_cores()
     assert build(2 * cores).env["OMP_NUM_THREADS"] == "1"
     assert build(2, threads=5).env["OMP_NUM_THREADS"] == "5"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
