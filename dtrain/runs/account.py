@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import calendar
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.runs.files import read_lines
 from dtrain.runs.folder import RunDir
 
 _LEAST_STEPS = 2
@@ -116,17 +116,3 @@ def seconds_of(text: str) -> float:
 def _of_steps(path: Path) -> Iterator[dict[str, Any]]:
     """Those that say of which step they are: a file that somebody has edited is no reason not to start."""
     return (row for row in read_lines(path) if isinstance(row.get("step"), int))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; what is no whole line is passed over."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value

@@ -1,10 +1,11 @@
-"""Small writes that are whole or not there at all."""
+"""JSON on disk: small writes that are whole or not there at all, and reads that pass over what is neither."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,23 @@ def append_json(path: Path, value: Any) -> None:
         os.write(fd, line)
     finally:
         os.close(fd)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, none where there is no file; what is no whole line, as a kill leaves it, is
+    passed over.
+    """
+    if not path.exists():
+        return
+    # Not by str.splitlines: what a model wrote may have U+2028 and other ends of lines, which JSON leaves as they are.
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 def last_json(path: Path, *, tail_bytes: int = 65536) -> dict[str, Any] | None:

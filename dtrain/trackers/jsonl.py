@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO, final
 
 from dtrain.config.spec import TrackerSpec, spec
-from dtrain.runs.files import dumps
+from dtrain.runs.files import dumps, read_lines
 from dtrain.trackers.base import AbstractTracker, EvalReport, SamplesReport, StepReport
 
 
@@ -79,7 +78,7 @@ class _Jsonl(AbstractTracker):
         if self._plot:
             from dtrain.trackers._plot import draw_loss
 
-            draw_loss(read_rows(self._metrics), read_rows(self._evals), self._run_dir / "loss.png")
+            draw_loss(list(read_lines(self._metrics)), list(read_lines(self._evals)), self._run_dir / "loss.png")
 
     def warnings(self) -> list[str]:
         said = list(self._warnings)
@@ -131,26 +130,11 @@ class _Lines:
         self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; a torn one, left by a kill, is passed over."""
-    rows = []
-    if path.exists():
-        # Not by splitlines: what a model wrote may have U+2028 and other ends of lines, which JSON leaves as they are.
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                rows.append(value)
-    return rows
-
-
 def _keep_until(path: Path, step: int) -> None:
     """Drop what an earlier attempt wrote of the steps that are now done again, and a torn last line."""
     if not path.exists():
         return
-    kept = "".join(dumps(one) + "\n" for one in read_rows(path) if one.get("step", 0) <= step)
+    kept = "".join(dumps(one) + "\n" for one in read_lines(path) if one.get("step", 0) <= step)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tmp.write_text(kept, encoding="utf-8")
     tmp.replace(path)

@@ -21,7 +21,7 @@ LOOK_S = 0.5
 
 def tail(run: RunDir, num: int, *, follow: bool) -> int:
     """Print them; with `follow` until the run ends, in which case the exit code is the run's."""
-    from dtrain.runs.account import read_lines
+    from dtrain.runs.files import read_lines
     from dtrain.runs.listing import RUNNING, summary
 
     if num < 0:

@@ -118,7 +118,8 @@ def _problem(run: RunDir, codes: list[int]) -> str | None:
 
 def _told(run: RunDir, proposal: Proposal, problem: str | None) -> Iterator[str]:
     """A line for each part."""
-    from dtrain.runs.account import read_lines, seconds_of
+    from dtrain.runs.account import seconds_of
+    from dtrain.runs.files import read_lines
     from dtrain.trackers._words import duration, size
 
     rows, events = list(read_lines(run.metrics)), list(read_lines(run.events))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.runs.files import read_lines
 from dtrain.trackers._plot import limits, smooth
 from dtrain.trackers.base import AbstractTracker, Sample, SamplesReport
-from dtrain.trackers.jsonl import Jsonl, read_rows
+from dtrain.trackers.jsonl import Jsonl
 from tests.unit.trackers.reports import eval_report, samples_report, step_report
 
 KEYS = ["step", "loss", "grad_norm", "lr", "num_targets", "tokens", "tokens_per_s", "step_s", "data_s", "mfu",
@@ -62,7 +63,7 @@ def test_what_a_model_wrote_ends_no_line(tmp_path: Path) -> None:
     tracker.samples(SamplesReport(1, [Sample("p", text, "stop", 1)], 0.5))
     tracker.finish(outcome="stopped")
     started(tmp_path, first_step=1).finish(outcome="done")
-    assert [one["text"] for one in read_rows(tmp_path / "samples.jsonl")] == [text]
+    assert [one["text"] for one in read_lines(tmp_path / "samples.jsonl")] == [text]
 
 
 def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
