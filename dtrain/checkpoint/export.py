@@ -16,11 +16,10 @@ from dtrain.checkpoint.safetensors import FORMATS, Writer, plan_shards, read_hea
 from dtrain.checkpoint.storage import WEIGHT, Reader
 from dtrain.errors import ExportError
 from dtrain.folders import discard, whole_folder
-from dtrain.models.assets import copy_assets
+from dtrain.models.assets import ADAPTER_BASE, ADAPTER_CONFIG, copy_assets
 from dtrain.models.base import AbstractWeights
 
 LARGEST_FP16 = 65504.0
-ADAPTER, BASE = "adapter_config.json", "base.json"
 Tensors = tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, torch.Tensor]]]
 """Shapes by name, and the tensors one at a time in the same order: each is gone when the next is asked for."""
 
@@ -36,7 +35,7 @@ class Adapter:
 
     def write(self, folder: Path) -> None:
         where = {"base_model_name_or_path": self.base["path"], "revision": self.base["revision"]}
-        for name, said in ((ADAPTER, {**self.config, **where}), (BASE, self.base)):
+        for name, said in ((ADAPTER_CONFIG, {**self.config, **where}), (ADAPTER_BASE, self.base)):
             (folder / name).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from dtrain.data.tokenizer import TextTokenizer, stop_ids
 from dtrain.errors import ModelError
+from dtrain.models.assets import ADAPTER_CONFIG
 from dtrain.models.base import DTYPES
 from dtrain.models.outputs import has_outputs
 
@@ -113,11 +114,10 @@ def load(folder: Path, base: Path | None, *, dtype: str, writes: bool) -> Loaded
 
 
 def _with_adapter(model: Any, folder: Path, *, merged: bool) -> Any:
-    from dtrain.tuning._peft import CONFIG
     from dtrain.tuning._peft import load as load_adapter
     from dtrain.tuning._prompts import is_prompt
 
-    if "score" in (json.loads((folder / CONFIG).read_text()).get("modules_to_save") or []):
+    if "score" in (json.loads((folder / ADAPTER_CONFIG).read_text()).get("modules_to_save") or []):
         raise ModelError(f"{folder}: an adapter of a model with outputs of its own in place of a vocabulary; `dtrain "
                          f"export RUN --merge --to DIR` makes a whole model, which `dtrain eval` measures")  # fmt: skip
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nothing here asks for

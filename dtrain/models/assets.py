@@ -7,6 +7,10 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""In an adapter's folder, as peft calls them."""
+ADAPTER_BASE = "base.json"
+"""Beside them in an adapter that dtrain has written: the model that it goes with."""
 _READ_BYTES = 1 << 22
 _KEPT = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from dtrain.errors import ModelError
 from dtrain.models._weights import seeded
+from dtrain.models.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dtrain.models.base import AbstractAdapter, AbstractWeights, ModelBundle
 from dtrain.tuning._parts import near
 
@@ -36,7 +37,6 @@ _NAME = "default"
 _BASE = "base_layer"
 FROM_VALUES = ("pissa", "olora")
 """Starts that take what the layer's own weights have most of out of them, and train that."""
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,8 +249,8 @@ class _Start:
         from safetensors import safe_open
 
         try:
-            said = json.loads((folder / CONFIG).read_text())
-            self._file = safe_open(folder / WEIGHTS, framework="pt").__enter__()
+            said = json.loads((folder / ADAPTER_CONFIG).read_text())
+            self._file = safe_open(folder / ADAPTER_WEIGHTS, framework="pt").__enter__()
         except (OSError, ValueError) as error:
             raise ModelError(f"tuning.init_from={folder}: no adapter that peft has written ({error})") from None
         self.folder, self.names = folder, names

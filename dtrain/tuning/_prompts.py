@@ -19,6 +19,7 @@ from dtrain.errors import ModelError
 from dtrain.models._causal import CausalLM
 from dtrain.models._meta import params_on_meta
 from dtrain.models._weights import seeded
+from dtrain.models.assets import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dtrain.models.base import AbstractAdapter, AbstractWeights, ModelBundle
 from dtrain.models.virtual import AbstractVirtual
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from peft import PromptLearningConfig
 
 NAME, KEPT = "prompt_encoder", "prompt_embeddings"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def read(folder: Path) -> torch.Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             return torch.as_tensor(file.get_tensor(KEPT)).float()
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: no {KEPT} that peft has written: {error}") from None
@@ -94,7 +94,7 @@ def is_prompt(folder: Path) -> bool:
 
 def num_virtual(folder: Path) -> int:
     """How many places come before each document with the adapter in `folder`; 0 for one of another kind."""
-    return int(json.loads((folder / CONFIG).read_text()).get("num_virtual_tokens") or 0)
+    return int(json.loads((folder / ADAPTER_CONFIG).read_text()).get("num_virtual_tokens") or 0)
 
 
 def _encoder(config: Any) -> nn.Module:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 from dtrain.config.spec import ModelSpec
 from dtrain.config.validate import not_allowed, validate_spec
 from dtrain.errors import ModelError
+from dtrain.models.assets import ADAPTER_BASE, ADAPTER_CONFIG
 from dtrain.runs.files import read_json
 from dtrain.verbs._eval_rows import settled
-from dtrain.verbs._model import ADAPTER, BASE, Named, folder_of, say
+from dtrain.verbs._model import Named, folder_of, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,7 @@ def start(named: Named, typed: Path | None, loaded: Loaded, plugins: Sequence[st
     """What was `typed`; else what an adapter is for, or what the run says. Raises ModelError."""
     if typed is not None:
         folder, _ = folder_of(typed)
-        if (folder / ADAPTER).is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             raise ModelError(f"--reference {typed}: an adapter; `dtrain export {typed} --merge --to DIR` makes a whole "
                              f"model of it")  # fmt: skip
         return _stored(folder, loaded)
@@ -50,13 +51,13 @@ def _of_adapter(named: Named, base: Path, loaded: Loaded) -> nn.Module:
     from dtrain.engine.loaded import load
     from dtrain.models.assets import files_digest
 
-    start = (read_json(named.folder / BASE) or {}).get("start")
+    start = (read_json(named.folder / ADAPTER_BASE) or {}).get("start")
     if start is None and named.run is not None and (first := compared_with(settled(named.run))):
         start = {"path": first}  # its export is older than that word
     if start is None:
         return _stored(base, loaded)
     folder = Path(start["path"])
-    there = (folder / ADAPTER).is_file()
+    there = (folder / ADAPTER_CONFIG).is_file()
     if not there or (start.get("xxh3") is not None and files_digest(folder) != start["xxh3"]):
         gone = "holds other weights now" if there else "is not there any more"
         raise ModelError(f"{named.folder}: its losses compared with the adapter that it started from, and {folder} "

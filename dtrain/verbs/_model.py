@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dtrain.errors import ExportError, ModelError, RunError
+from dtrain.models.assets import ADAPTER_BASE, ADAPTER_CONFIG
 from dtrain.runs import RunDir
 from dtrain.runs.files import read_json
 
 if TYPE_CHECKING:
     from dtrain.engine.loaded import Loaded
-
-ADAPTER, BASE = "adapter_config.json", "base.json"
 
 
 def say(line: str) -> None:
@@ -51,7 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def find(args: argparse.Namespace) -> Named:
     """Raises ModelError, ExportError."""
     folder, run = folder_of(args.model)
-    if not (folder / ADAPTER).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         if args.base is not None:
             raise ModelError(f"--base {args.base}: is for adapters, and {folder} is a whole model; leave it out")
         return Named(folder, None, run)
@@ -62,7 +61,7 @@ def folder_of(name: Path) -> tuple[Path, RunDir | None]:
     """With a model or an adapter; and the run, where one was named. Raises ModelError."""
     from dtrain.verbs import runs
 
-    if (name / "config.json").is_file() or (name / ADAPTER).is_file():
+    if (name / "config.json").is_file() or (name / ADAPTER_CONFIG).is_file():
         return name, None
     if (name / "manifest.json").is_file() and not (name / "config.yaml").is_file():
         raise ModelError(f"{name}: a checkpoint, which holds no model's files; `dtrain export {name}` makes a folder "
@@ -70,7 +69,7 @@ def folder_of(name: Path) -> tuple[Path, RunDir | None]:
     try:
         run = runs.find(name)
     except RunError as error:
-        raise ModelError(f"{name}: neither a run nor a folder with config.json or {ADAPTER}") from error
+        raise ModelError(f"{name}: neither a run nor a folder with config.json or {ADAPTER_CONFIG}") from error
     if not run.export.is_dir():
         raise ModelError(f"{run.export}: not there; the run has not exported its weights, see `dtrain runs show "
                          f"{name}`; `dtrain export {name}` exports its newest checkpoint")  # fmt: skip
@@ -79,7 +78,7 @@ def folder_of(name: Path) -> tuple[Path, RunDir | None]:
 
 def _base(adapter: Path, typed: Path | None, run: RunDir | None) -> Path:
     """The folder of the model that this adapter was trained on. Raises ModelError, ExportError."""
-    said = read_json(adapter / BASE) or _of_peft(adapter)
+    said = read_json(adapter / ADAPTER_BASE) or _of_peft(adapter)
     folder = typed if typed is not None else _named(adapter, said)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ModelError(f"{'--base ' if typed else ''}{folder}: the model that {adapter} was trained on is to be "
@@ -103,7 +102,7 @@ def _base(adapter: Path, typed: Path | None, run: RunDir | None) -> Path:
 
 def _of_peft(adapter: Path) -> dict[str, Any]:
     """What an adapter that was made elsewhere says of its model."""
-    config = read_json(adapter / ADAPTER) or {}
+    config = read_json(adapter / ADAPTER_CONFIG) or {}
     return {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
 
 
