@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.config.compose import choices, group_choice
 from dtrain.config.spec import TemplateSpec
-from dtrain.data.tokenizer import TextTokenizer, stop_ids
+from dtrain.data.tokenizer import TextTokenizer, read_config, stop_ids
 from dtrain.errors import DataError
 from dtrain.folders import whole_folder
 
@@ -38,7 +38,7 @@ def with_template(folder: Path, template: TemplateSpec, cache: Path) -> Path:
 
 def has_template(folder: Path) -> bool:
     """Whether the tokenizer in a model's folder has one."""
-    return (folder / "chat_template.jinja").is_file() or bool(_read(folder / "tokenizer_config.json").get(_KEY))
+    return (folder / "chat_template.jinja").is_file() or bool(read_config(folder / "tokenizer_config.json").get(_KEY))
 
 
 def describe(folder: Path, assets: Path, template: TemplateSpec, tokenizer: TextTokenizer, *, used: bool) -> list[str]:
@@ -71,14 +71,14 @@ def _fill(making: Path, folder: Path, template: TemplateSpec) -> None:
         from dtrain.data.chat import ChatTemplate
 
         ChatTemplate(template.text, {}, origin=template.name)  # does it parse?
-        config = {key: value for key, value in _read(folder / "tokenizer_config.json").items() if key != _KEY}
+        config = {key: value for key, value in read_config(folder / "tokenizer_config.json").items() if key != _KEY}
         _write(making / "tokenizer_config.json", config)
         (making / "chat_template.jinja").write_text(template.text, encoding="utf-8")
     for path in sorted(folder.iterdir()):
         if path.is_file() and not (making / path.name).exists():
             (making / path.name).symlink_to(path.resolve())
     tokenizer = TextTokenizer.load(making if template.text else folder)
-    generation = _read(folder / "generation_config.json")
+    generation = read_config(folder / "generation_config.json")
     ids = _stops(folder)
     stops = [_stop_id(tokenizer, template, token) for token in template.ends or tokenizer.ends_of_turns()]
     if not set(stops) <= set(ids):
@@ -101,7 +101,7 @@ def _stop_id(tokenizer: TextTokenizer, template: TemplateSpec, token: str) -> in
 
 def _stops(folder: Path) -> list[int]:
     """Where generation of the model stops as it is."""
-    found = stop_ids(folder) or _read(folder / "config.json").get("eos_token_id")
+    found = stop_ids(folder) or read_config(folder / "config.json").get("eos_token_id")
     return [found] if isinstance(found, int) else found or []
 
 
@@ -111,15 +111,6 @@ def _digest(folder: Path, template: TemplateSpec) -> str:
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     said = [_FORMAT, str(folder.resolve()), files, template.text, template.ends]
     return xxhash.xxh3_128_hexdigest(json.dumps(said).encode())[:16]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"model.path: {path} is not JSON: {error}; fetch the file again") from error
-    assert isinstance(found, dict), path
-    return found
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

@@ -38,8 +38,20 @@ def tokenizer_digest(folder: Path) -> str:
 
 def stop_ids(folder: Path) -> list[int]:
     """The tokens at which generation stops, where a model's folder says so."""
-    found = _read_config(folder / "generation_config.json").get("eos_token_id")
+    found = read_config(folder / "generation_config.json").get("eos_token_id")
     return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """One of the JSON files of a model's folder; empty where it is not there. Raises DataError."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"model.path: {path} is not JSON: {error}; fetch the file again") from error
+    assert isinstance(config, dict), path
+    return config
 
 
 @final
@@ -79,7 +91,7 @@ class TextTokenizer:
         tokenizer.no_padding()
         # It would add special tokens, which stand in the text already, and take white space out of the tokens' offsets.
         tokenizer.post_processor = None
-        config = _read_config(folder / "tokenizer_config.json")
+        config = read_config(folder / "tokenizer_config.json")
         special = {name: _text(config[name]) for name in _SPECIAL if config.get(name) is not None}
         return cls(tokenizer, special, _load_templates(folder, config, special, tokenizer), folder)
 
@@ -232,17 +244,6 @@ def _sources(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, tuple[
     path = folder / "chat_template.jinja"
     if path.is_file():
         yield "default", (path.read_text(encoding="utf-8"), path)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"model.path: {path} is not JSON: {error}; fetch the file again") from error
-    assert isinstance(config, dict), path
-    return config
 
 
 def _text(token: str | dict[str, Any]) -> str:

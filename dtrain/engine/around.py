@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from dtrain.config import frozen
+from dtrain.engine.loaded import whole
 from dtrain.models.base import DTYPES, Setting
 from dtrain.objectives.base import Around
 from dtrain.plan.batch import BatchPlan
-from dtrain.strategies._place import materialise
 
 if TYPE_CHECKING:
     from dtrain.comm import AbstractComm
@@ -80,8 +79,4 @@ def _copy(config: Config, assets: Path, comm: AbstractComm) -> nn.Module:
     dtype = DTYPES[config.train.precision]
     made = config.model.build(assets, seed=config.run.seed)
     made.choose_attention(Setting(comm.device, dtype, config.dataset.packing), comm)
-    materialise(made.module, comm.device, dtype)
-    with torch.no_grad():
-        for name, param in made.module.named_parameters():
-            param.copy_(made.weights.read(name, 0, param.numel()).view(param.shape))
-    return made.module.requires_grad_(requires_grad=False).eval()
+    return whole(made, comm.device, dtype)

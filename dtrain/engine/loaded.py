@@ -55,16 +55,14 @@ class Loaded:
     def _with_outputs(self) -> nn.Module:
         from dtrain.models._causal import build_causal
 
-        return whole(build_causal(self.folder, seed=0), self)
+        return whole(build_causal(self.folder, seed=0), self.device, DTYPES[self.dtype])
 
 
-def whole(bundle: ModelBundle, like: Loaded) -> nn.Module:
-    """All of a model that was built without weights, on the device and in the precision of another; it is only looked
-    at.
-    """
+def whole(bundle: ModelBundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """All of a model that was built without weights, on one device; it is only looked at."""
     from dtrain.strategies._place import materialise
 
-    materialise(bundle.module, like.device, DTYPES[like.dtype])
+    materialise(bundle.module, device, dtype)
     with torch.no_grad():
         for name, param in bundle.module.named_parameters():
             param.copy_(bundle.weights.read(name, 0, param.numel()).view(param.shape))

@@ -70,6 +70,7 @@ def _of_adapter(named: Named, base: Path, loaded: Loaded) -> nn.Module:
 def _of_run(run: RunDir, loaded: Loaded, plugins: Sequence[str]) -> nn.Module:
     """Made as the run made it: from files, or from its seed."""
     from dtrain.engine.loaded import whole
+    from dtrain.models.base import DTYPES
 
     config, data = settled(run), run.read_manifest().get("data")
     assets = Path(data["assets"]) if isinstance(data, dict) else None
@@ -84,4 +85,4 @@ def _of_run(run: RunDir, loaded: Loaded, plugins: Sequence[str]) -> nn.Module:
         raise ModelError.of(problems)
     made = f"from run.seed={config['run']['seed']}, " if not model.trained() else ""
     say(f"reference: the weights that the run started from, {made}{assets}")
-    return whole(model.build(assets, seed=config["run"]["seed"]), loaded)
+    return whole(model.build(assets, seed=config["run"]["seed"]), loaded.device, DTYPES[loaded.dtype])
