@@ -15,17 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-"""Of one chunk's fp32 logits. On a GPU each chunk reads and writes all of the weight gradient: few are better."""
-_LEAST_ROWS = 512
-"""With fewer targets in a chunk the sum of the weight gradient takes longer than its products (a CPU and 152 k tokens:
-4.4 times plain cross-entropy at 28 rows, 1.0 at 512)."""
+from dtrain.plan.memory import chunk_rows
+
 _PRODUCT_BYTES = 32 << 20
-
-
-def chunk_rows(vocab: int, device_type: str) -> int:
-    """Targets whose logits exist at one time; at its peak a chunk takes about 10 bytes per logit."""
-    return max(_LEAST_ROWS, _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cuda"]) // (4 * vocab))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +73,7 @@ class Head(nn.Module):
         """
         kind = hidden_NH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype
-        rows = self.rows or chunk_rows(self.weight.shape[0], kind)
+        rows = self.rows or chunk_rows(self.weight.shape[0], "cpu" if kind == "cpu" else "cuda")
         how = _How(logits=self.logits, dtype=dtype, rows=rows, train=torch.is_grad_enabled())
         if target_ids is None:
             return _likeliest(hidden_NH, self.weight, self.bias, how)

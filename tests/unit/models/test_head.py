@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrain.models._head import Head, Logits, chunk_rows
+from dtrain.models._head import Head, Logits
+from dtrain.plan.memory import chunk_rows
 
 H, V, N = 24, 50, 37
 
