@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 import stat
 from collections.abc import Mapping
@@ -41,6 +42,11 @@ class Parameter:
     """What is stored of it: `weight`, and each optimizer state by its name."""
     export: str
     """Its name in an exported folder."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its tensors, which are fp32."""
+        return 4 * math.prod(self.shape) * len(self.states)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.checkpoint import manifest
 from dtrain.checkpoint.identity import differences, same_course
-from dtrain.checkpoint.manifest import Manifest
 from dtrain.checkpoint.verify import committed, quick_problems
 from dtrain.config.compose import clip, nearest
 from dtrain.errors import CheckpointError, ConfigError
@@ -120,17 +119,10 @@ def _compared(start: Start, config: Config, identity: Mapping[str, Any], say: Sa
             if not read.identity:
                 say(f"resume: {folder} was imported from {read.made_by.get('imported')}: how that was made is not "
                     f"known, so nothing of this configuration could be compared with it")  # fmt: skip
-            for line in _free(read, config):
-                say(f"resume: {line}")
+            if read.made_by.get("strategy") is not None:  # changes nothing in the mathematics
+                say(f"resume: made by {read.made_by['strategy']} on {read.made_by.get('size')} ranks")
         kept.append(folder)
     return dataclasses.replace(start, candidates=tuple(kept))
-
-
-def _free(read: Manifest, config: Config) -> list[str]:
-    """What differs and changes nothing in the mathematics, for people."""
-    before = read.made_by.get("strategy")
-    now = type(config.strategy).__name__.lower()
-    return [f"made by {before} on {read.made_by.get('size')} ranks"] if before is not None and now else []
 
 
 def _check_allow(allow: Sequence[str], keys: Sequence[str]) -> None:

@@ -213,7 +213,8 @@ class Saver:
         if not self._root.is_dir():
             self._root.mkdir()  # alone: where the run folder is gone, so is the disk that it was on
             sync(self._root.parent)
-        need, free = expected_bytes(what) + SPARE_BYTES, shutil.disk_usage(self._root).free
+        need = sum(one.num_bytes for one in what.parameters.values()) + SPARE_BYTES
+        free = shutil.disk_usage(self._root).free
         if free < need:
             raise StorageError(f"no space left: a checkpoint takes {need / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are "
                                f"free; make room, or set checkpoint.keep_last lower")  # fmt: skip
@@ -250,14 +251,3 @@ class Saver:
         except (OSError, CheckpointError) as error:  # it is committed all the same
             problem = str(error)
         return {"removed": [one.name for one in removed], "problem": problem}
-
-
-def expected_bytes(what: Manifest) -> int:
-    """Of the tensors of a checkpoint: 4 bytes for each element of each state."""
-    total = 0
-    for parameter in what.parameters.values():
-        numel = 1
-        for size in parameter.shape:
-            numel *= size
-        total += 4 * numel * len(parameter.states)
-    return total

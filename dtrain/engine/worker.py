@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
-import math
 import os
 import signal
 import sys
@@ -200,7 +199,7 @@ def _saving(run: RunDir, attempt: int, built: Built, identity: dict[str, object]
     if built.config.strategy.unsavable() is not None:
         return None
     policy = built.config.checkpoint
-    num_bytes = sum(4 * math.prod(one.shape) * len(one.states) for one in built.parameters.values())
+    num_bytes = sum(one.num_bytes for one in built.parameters.values())
     said = run.read_manifest()
     made_by = {key: said.get(key) for key in ("name", "strategy", "size", "device", "packages", "python", "git")}
     return Saving(
