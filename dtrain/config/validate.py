@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import inspect
 import math
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dtrain.config.compose import choices, clip, group_choice, nearest
+from dtrain.config.named import why_not_imported
 from dtrain.config.names import NAMES
 from dtrain.config.schema import Batch, Checkpoint, Config, Eval, Export, Resume, Run, Train
 from dtrain.config.spec import GROUPS, AbstractSpec
@@ -105,7 +105,7 @@ def find_spec(target: object, group: str, plugins: Sequence[str], path: str = ""
     try:
         found = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # what a plugin's module raises at import is its own affair
-        raise ConfigError(f"{key}: {_why_not_imported(error, package)}") from error
+        raise ConfigError(f"{key}: {why_not_imported(error, module)}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{key}: not a {base.__name__}")
     if inspect.isabstract(found):
@@ -125,15 +125,6 @@ def choices_with(key: str, group: str, extra: Path | None = None, plugins: Seque
             continue
         found += [choice] if key in _fields(cls) else []
     return found
-
-
-def _why_not_imported(error: Exception, package: str) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        where = "; install it, or put its folder into PYTHONPATH" if error.name == package else ""
-        return f"{error}{where}"
-    frames = traceback.extract_tb(error.__traceback__)
-    at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__} while it was imported: {clip(error, 300)}{at}"
 
 
 def _spec(group: str, path: str, entry: object, plugins: Sequence[str], problems: list[str]) -> AbstractSpec | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dtrain.config.named import find
 from dtrain.errors import UserError
 
 Score = Callable[[str, str], Mapping[str, float]]
@@ -74,16 +74,7 @@ def own(named: str) -> Score:
     """A function of the user's, `module:function`, of what was written and what was expected; it gives a number, or
     several by name. Raises UserError.
     """
-    module, _, name = named.partition(":")
-    if not module or not name:
-        raise UserError(f"--score {named}: not module:function")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # what a user's module raises at import is its own affair
-        raise UserError(f"--score {named}: {type(error).__name__} while {module} was imported: {error}; install it, or "
-                        f"put its folder into PYTHONPATH") from error  # fmt: skip
-    if not callable(function):
-        raise UserError(f"--score {named}: {module} has no function {name}")
+    function, name = find("--score", named, UserError), named.partition(":")[2]
 
     def scored(written: str, expected: str) -> Mapping[str, float]:
         found: Any = function(written, expected)
@@ -91,7 +82,7 @@ def own(named: str) -> Score:
             return ({str(key): float(value) for key, value in found.items()} if isinstance(found, Mapping)
                     else {name: float(found)})  # fmt: skip
         except (TypeError, ValueError):
-            raise UserError(f"--score {named}: gave {found!r} instead of a number, or numbers by name") from None
+            raise UserError(f"--score={named}: gave {found!r} instead of a number, or numbers by name") from None
 
     return scored
 

@@ -70,8 +70,10 @@ def test_what_a_function_gets_wrong(package):
     assert "TypeError after 0 rows: " in told("rows:train", args={"size": 3})
     assert told("rows:number").endswith("dtrain_test_rows.rows has no function number")
     assert told("rows:tain").endswith("dtrain_test_rows.rows has no function tain")
-    assert "ModuleNotFoundError while dtrain_test_rows.none was imported" in told("none:train")
-    assert "ZeroDivisionError while dtrain_test_rows.broken was imported" in told("broken:train")
+    assert told("none:train").endswith("No module named 'dtrain_test_rows.none'")
+    assert told("broken:train").endswith(
+        f"ZeroDivisionError while it was imported: division by zero ({package}/broken.py:1)"
+    )
 
 
 def test_the_digest_is_of_the_source_file(package):
