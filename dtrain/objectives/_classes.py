@@ -84,12 +84,3 @@ def confusion(scores_NK: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     num = scores_NK.shape[1]
     places = labels * num + scores_NK.argmax(1)
     return torch.bincount(places, minlength=num * num).float().view(num, num)
-
-
-def scores(counts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Accuracy, and the mean of the labels' F1: of those that occur, or were chosen."""
-    table = np.array(counts, np.float64)
-    right, there, chosen = np.diag(table), table.sum(1), table.sum(0)
-    seen = there + chosen > 0
-    f1 = 2 * right[seen] / (there + chosen)[seen]
-    return {"accuracy": float(right.sum() / max(1.0, table.sum())), "macro_f1": float(f1.mean()) if seen.any() else 0.0}

@@ -51,8 +51,6 @@ class AbstractLabels(ObjectiveSpec):
         return [f"objective: {name}: {len(self.labels)} labels: {', '.join(self.labels[:10])}{more}"]
 
     def metrics(self, sums: Mapping[str, Sequence[float]], num_targets: int) -> Mapping[str, float]:
-        from dtrain.objectives._classes import scores
-
         return scores(self.confusion(sums)[1])
 
     def confusion(self, sums: Mapping[str, Sequence[float]]) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
@@ -67,3 +65,13 @@ class AbstractLabels(ObjectiveSpec):
             raise BadRowError(f"a label that is not one of objective.labels: {example.label!r}; there are: "
                               f"{', '.join(self.labels[:20])}")  # fmt: skip
         return example
+
+
+def scores(counts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Accuracy, and the mean of the labels' F1: of those that occur, or were chosen. `counts`: how many of each label
+    (row) were taken for each (column).
+    """
+    right, there = [row[i] for i, row in enumerate(counts)], [sum(row) for row in counts]
+    chosen = [sum(column) for column in zip(*counts, strict=True)]
+    f1 = [2 * hits / (a + b) for hits, a, b in zip(right, there, chosen, strict=True) if a + b]
+    return {"accuracy": sum(right) / max(1, sum(there)), "macro_f1": sum(f1) / max(1, len(f1))}

@@ -85,12 +85,3 @@ def own(named: str) -> Score:
             raise UserError(f"--score={named}: gave {found!r} instead of a number, or numbers by name") from None
 
     return scored
-
-
-def classified(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Accuracy, and the mean over labels of their F1; of (true, predicted)."""
-    labels = {label for pair in pairs for label in pair}
-    hits = Counter(true for true, predicted in pairs if true == predicted)
-    trues, predicteds = Counter(true for true, _ in pairs), Counter(predicted for _, predicted in pairs)
-    f1s = [2 * hits[label] / (trues[label] + predicteds[label]) for label in labels]
-    return {"accuracy": hits.total() / len(pairs), "macro_f1": sum(f1s) / len(f1s)}

@@ -155,6 +155,7 @@ class _Eval:
     def _labels(self, source: Source) -> None:
         """Where the rows are labelled texts: which of the labels the model finds likeliest after each."""
         from dtrain.datasets.base import Labelled
+        from dtrain.objectives.labels import scores
 
         if source.dataset is None or not isinstance(next(_examples(source), None), Labelled):
             return
@@ -165,22 +166,24 @@ class _Eval:
             return
         pairs, left_out = [], 0
         for one in rows:
-            scores = self._likeliest(one, labels, source)
-            if scores is None:
+            found = self._likeliest(one, labels, source)
+            if found is None:
                 left_out += 1
                 continue
-            predicted = max(scores, key=scores.__getitem__)
+            predicted = max(found, key=found.__getitem__)
             pairs.append((one.label, predicted))
-            self._say(kind="label", source=one.source, label=one.label, predicted=predicted, scores=scores)
+            self._say(kind="label", source=one.source, label=one.label, predicted=predicted, scores=found)
             _progress(f"{source.name}: labels of {len(pairs):,} of {len(rows):,} rows")
         _progress("")
         if left_out:
             _model.say(f"{source.name}: {left_out:,} rows left out: with a label they are over the model's positions")
         if not pairs:
             return
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in _eval_text.classified(pairs).items())
+        counts = Counter(pairs)
+        measured = scores([[counts[true, said] for said in labels] for true in labels])
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
         print(f"\n{source.name}: {len(pairs):,} labelled rows, {metrics}; the likeliest of {len(labels)} labels")
-        print("\n".join(_confusions(Counter(pairs), labels)))
+        print("\n".join(_confusions(counts, labels)))
 
     def _likeliest(self, one: Labelled, labels: list[str], source: Source) -> dict[str, float] | None:
         from dtrain.engine.measure import likeliest

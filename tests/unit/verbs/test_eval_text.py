@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.errors import UserError
+from dtrain.objectives.labels import scores
 from dtrain.verbs import _eval_text
 
 
@@ -25,9 +26,10 @@ def test_scores_of_a_text() -> None:
 
 
 def test_scores_of_labels() -> None:
-    pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("c", "a")]
-    # F1 of a: 2*1/(2+2) = 1/2; of b: 2*1/(1+2) = 2/3; of c: 0.
-    assert _eval_text.classified(pairs) == {"accuracy": 0.5, "macro_f1": pytest.approx((1 / 2 + 2 / 3) / 3)}
+    counts = [[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    # F1 of the first: 2*1/(2+2) = 1/2; of the second: 2*1/(1+2) = 2/3; of the third: 0; the fourth does not occur.
+    assert scores(counts) == {"accuracy": 0.5, "macro_f1": pytest.approx((1 / 2 + 2 / 3) / 3)}
+    assert scores([[0, 0], [0, 0]]) == {"accuracy": 0.0, "macro_f1": 0.0}
 
 
 def test_bleu_is_sacrebleus_or_none() -> None:
