@@ -1,4 +1,4 @@
-"""How many processes, where, and which one this is. The only reader of the environment."""
+"""How many processes, where, and which one this is; what torchrun and its like set is checked here."""
 
 from __future__ import annotations
 
