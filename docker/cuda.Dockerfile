@@ -24,7 +24,7 @@ COPY --chown=10001:10001 docker/requirements.py pyproject.toml /opt/dtrain/src/
 RUN python3 /opt/dtrain/src/requirements.py /opt/dtrain/src/pyproject.toml eval qlora >/opt/dtrain/src/requirements.txt \
     && pip install --requirement /opt/dtrain/src/requirements.txt "torch==${TORCH_VERSION}"
 
-COPY --chown=10001:10001 README.md /opt/dtrain/src/
+COPY --chown=10001:10001 README.md LICENSE /opt/dtrain/src/
 COPY --chown=10001:10001 conf /opt/dtrain/src/conf
 COPY --chown=10001:10001 launch /opt/dtrain/src/launch
 COPY --chown=10001:10001 dtrain /opt/dtrain/src/dtrain

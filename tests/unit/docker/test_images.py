@@ -90,7 +90,7 @@ def test_what_is_copied_is_there_and_sent_to_the_builder(path: Path) -> None:
     assert copied
     assert [word for word in copied if not (ROOT / word).exists()] == []
     assert set(copied) == sent
-    packaged = {"dtrain", "README.md", "pyproject.toml", *tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"][
+    packaged = {"dtrain", "README.md", "LICENSE", "pyproject.toml", *tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"][
         "hatch"]["build"]["targets"]["wheel"]["force-include"]}  # fmt: skip
     assert packaged <= set(copied), "else the wheel cannot be built there"
 
