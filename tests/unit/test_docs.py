@@ -13,6 +13,8 @@ from dtrain.config.names import NAMES
 from dtrain.config.schema import Config
 from dtrain.config.spec import GROUPS
 from dtrain.plan.propose import configure
+from tests.golden.test_plan import HERE as PLANS
+from tests.golden.test_plan import QWEN
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,6 +46,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_named_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.parent.name == "docs" and f"](docs/{page.name})" not in readme] == []
+
+
+def test_the_plan_in_the_readme_is_what_is_printed() -> None:
+    typed, shown = re.findall(
+        r"```\n\$ dtrain plan (.*)\n((?:.*\n)*?)```", (ROOT / "README.md").read_text(encoding="utf-8")
+    )[0]
+    assert typed.split() == QWEN
+    assert shown == (PLANS / "qwen7b.txt").read_text(encoding="utf-8")
 
 
 def test_the_table_of_groups_has_every_choice() -> None:
