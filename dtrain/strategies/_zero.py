@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dtrain.models.base import DTYPES, AbstractWeights, ModelBundle
-from dtrain.strategies._place import START_SCALE, fill, make_state, materialise, updates_of
+from dtrain.strategies._place import fill, make_state, materialise, updates_of
+from dtrain.strategies._scale import START_SCALE
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.comm import TorchComm
 from dtrain.plan.world import World
-from dtrain.strategies._place import LossScale
+from dtrain.strategies._scale import LossScale
 from dtrain.strategies._zero import _import_deepspeed, restore_scale, scale_counters
 from tests.processes import run_ranks
 
