@@ -22,6 +22,8 @@ LONG = datetime.timedelta(days=1)
 
 
 class AbstractComm(ABC):
+    """All ranks of a run, as one of them. What is collective, all call in the same order."""
+
     rank: int
     size: int
     device: torch.device

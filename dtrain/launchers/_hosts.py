@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dtrain.errors import ConfigError
+from dtrain.launchers._network import NAME
 
-NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?")
-"""What may stand for a machine: never an option, never anything that a shell, ssh or pdsh would read."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,4})(\s+#.*)?")
 
 

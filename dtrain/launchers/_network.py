@@ -7,8 +7,10 @@ import re
 import socket
 from contextlib import suppress
 
-HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
-"""What may stand for a machine in a command: never an option, never anything that a shell would read."""
+NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?")
+"""What may stand for a machine in a command: never an option, never anything that a shell, ssh or pdsh would read."""
+HOST = re.compile(rf"{NAME.pattern}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
+"""The same, or an address of IPv6."""
 
 
 def is_here(host: str) -> bool:

@@ -114,7 +114,7 @@ class Tiny(ModelSpec):
         }
 
     def _digest(self, sample: list[str]) -> str:
-        made_of = {key: value for key, value in dataclasses.asdict(self).items() if key != "attention"}
+        made_of = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("attention", "loss")}
         digest = hashlib.sha256(json.dumps([_FORMAT, made_of]).encode())
         for text in sample:
             data = text.encode()
