@@ -96,7 +96,7 @@ def measure(name: str, length: int) -> dict:
 
     from dtrain.models._causal import build_causal
     from dtrain.models.attention.choose import BACKENDS
-    from dtrain.strategies._place import materialise
+    from dtrain.strategies.shared import materialise
 
     setting = _setting(torch)
     clock = time.perf_counter if setting.device.type == "cuda" else time.process_time

@@ -201,7 +201,7 @@ def _load(job: Job, clock: Clock) -> nn.Module:
 
 def _load_with_head(job: Job, clock: Clock) -> nn.Module:
     from dtrain.models.hf import HF
-    from dtrain.strategies._place import materialise
+    from dtrain.strategies.shared import materialise
 
     bundle = HF(path=job.model).build(Path(job.model), seed=0)
     materialise(bundle.module, torch.device("cpu"), torch.float32)

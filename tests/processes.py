@@ -14,7 +14,7 @@ from typing import Any
 PRELOAD = ["torch", "torch.distributed", "transformers.models.qwen2.modeling_qwen2", "deepspeed", "tests.processes",
            "pyarrow", "pandas", "xxhash", "dtrain.engine.worker", "dtrain.engine.build", "dtrain.checkpoint.resume",
            "dtrain.checkpoint.saver", "dtrain.data.prepare", "dtrain.datasets.files", "dtrain.models._causal",
-           "dtrain.models.tiny", "dtrain.objectives._causal", "dtrain.strategies._ddp", "dtrain.strategies._fsdp2",
+           "dtrain.models.tiny", "dtrain.objectives.base", "dtrain.strategies._ddp", "dtrain.strategies._fsdp2",
            "dtrain.strategies._zero", "peft", "bitsandbytes", "dtrain.trackers.fan_out", "dtrain.trackers.jsonl", "tests.preload"]  # fmt: skip
 """Imported once, in the process that all ranks are forked from: a test then costs tenths of a second, not many."""
 

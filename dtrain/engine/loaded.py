@@ -60,7 +60,7 @@ class Loaded:
 
 def whole(bundle: ModelBundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """All of a model that was built without weights, on one device; it is only looked at."""
-    from dtrain.strategies._place import materialise
+    from dtrain.strategies.shared import materialise
 
     materialise(bundle.module, device, dtype)
     with torch.no_grad():

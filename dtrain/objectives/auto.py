@@ -66,6 +66,6 @@ class Auto(ObjectiveSpec):
         return self.resolve(type(example)).encode(example, tokenizer)
 
     def build(self) -> Callable[[nn.Module, Batch], Loss]:
-        from dtrain.objectives._causal import causal_loss
+        from dtrain.objectives.base import causal_loss
 
         return causal_loss

@@ -1,4 +1,4 @@
-"""What an objective returns, and what it may ask for."""
+"""What an objective returns, the loss of next-token prediction, and what an objective may ask for."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class Loss:
     extras: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     """Further sums over targets, for the trackers; the same names in every micro-batch of every rank. In training only
     scalars; in an eval of any shape, for the objective's `metrics`."""
+
+
+def causal_loss(module: nn.Module, batch: Batch) -> Loss:
+    """Next-token prediction, by a module that gives the sum of its cross-entropy over targets."""
+    return Loss(total=module(**batch.inputs), num_targets=batch.num_targets)
 
 
 class Before(Protocol):

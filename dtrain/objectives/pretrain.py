@@ -28,7 +28,7 @@ class Pretrain(ObjectiveSpec):
         return [_row(ids, eos_id) for ids in tokenizer.encode_batch([_text(example) for example in examples])]
 
     def build(self) -> Callable[[nn.Module, Batch], Loss]:
-        from dtrain.objectives._causal import causal_loss
+        from dtrain.objectives.base import causal_loss
 
         return causal_loss
 

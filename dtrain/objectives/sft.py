@@ -65,7 +65,7 @@ class SFT(ObjectiveSpec):
                         f"conversations and answers; use objective=pretrain, or a dataset of these")  # fmt: skip
 
     def build(self) -> Callable[[nn.Module, Batch], Loss]:
-        from dtrain.objectives._causal import causal_loss
+        from dtrain.objectives.base import causal_loss
 
         return causal_loss
 

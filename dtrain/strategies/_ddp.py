@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dtrain.models.base import ModelBundle
-from dtrain.strategies._place import clip_factor, fill, make_state, materialise, squared_norm, state_of, updates_of
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
+from dtrain.strategies.shared import clip_factor, fill, make_state, materialise, squared_norm, state_of, updates_of
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World

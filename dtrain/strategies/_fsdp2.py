@@ -17,9 +17,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dtrain.errors import PlanError
 from dtrain.models.base import DTYPES, ModelBundle
-from dtrain.strategies._place import clip_factor, fill, make_state, recast_frozen, squared_norm, state_of, updates_of
 from dtrain.strategies._scale import LossScale
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
+from dtrain.strategies.shared import clip_factor, fill, make_state, recast_frozen, squared_norm, state_of, updates_of
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dtrain.models.base import DTYPES, AbstractWeights, ModelBundle
-from dtrain.strategies._place import fill, make_state, materialise, updates_of
 from dtrain.strategies._scale import START_SCALE
 from dtrain.strategies.base import AbstractStrategy, Optim, Shard, Update, set_lr
+from dtrain.strategies.shared import fill, make_state, materialise, updates_of
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World

@@ -306,7 +306,7 @@ class Faulty(ObjectiveSpec):
         return Pretrain().encode(example, tokenizer)
 
     def build(self):
-        from dtrain.objectives._causal import causal_loss
+        from dtrain.objectives.base import causal_loss
         calls = 0
 
         def objective(module, batch):
