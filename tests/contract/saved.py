@@ -48,17 +48,20 @@ class Ran:
     last: list[Piece]
 
 
-def run(folder: Path, config: Config, root: Path, start: Path | None, *, noise: bool) -> Ran:
+def run(
+    folder: Path, config: Config, root: Path, start: Path | None, *, noise: bool, in_background: bool = True
+) -> Ran:
     """Train with dtrain's own engine and saver, from the checkpoint `start` on; call it on every rank.
 
     `root`: for checkpoints. `noise`: the loss hangs on Python's and numpy's generators, as an objective's may.
+    `in_background`: steps go on while a save is written, and one that is due meanwhile is put off.
     """
     built = make_built(folder, config, resume=[] if start is None else [start])
     first = copies(built.strategy.shards())
     watch = _Watch(built.engine._objective, noise=noise)
     built.engine._objective = watch.objective
     policy = config.checkpoint
-    saver = _Copying(Saver(root, policy, built.comm.sibling()))
+    saver = _Copying(Saver(root, policy, built.comm.sibling()), in_background=in_background)
     saving = Saving(saver, built.describe({}, {"size": built.comm.size}), policy.every_steps, policy.at_end, True)
     built.engine.run([watch], Progress(), saving)
     return Ran([r.loss for r in watch.reports], [r.grad_norm for r in watch.reports], watch.ids, first, saver.pieces,
@@ -91,8 +94,8 @@ class _Watch(Record):
 class _Copying:
     """A saver that keeps a copy of what it was first given."""
 
-    def __init__(self, saver: Saver) -> None:
-        self._saver = saver
+    def __init__(self, saver: Saver, *, in_background: bool) -> None:
+        self._saver, self._in_background = saver, in_background
         self.pieces: list[Piece] = []
 
     @property
@@ -107,6 +110,8 @@ class _Copying:
         given = list(shards)
         self.pieces = self.pieces or copies(given)
         self._saver.save(given, what, blobs)
+        if not self._in_background:
+            self._saver.wait()
 
     def finished(self) -> Saved | None:
         return self._saver.finished()

@@ -222,8 +222,9 @@ def _measured(cases: list[tuple[Path, list[str]]]) -> list[tuple[set[str], set[s
 
 
 def test_what_an_eval_measures_is_known_before(replies: Path, labelled: Path, tmp_path: Path) -> None:
-    cases = [(replies, [*_typed(replies, name), "train.steps=1"]) for name in ("sigmoid", "simpo", "orpo", "kto")]
-    labels = [one for one in overrides(labelled, RECIPE, "train.steps=1") if not one.startswith("objective=")]
+    more = ["strategy=ddp", "train.steps=1"]
+    cases = [(replies, [*_typed(replies, name), *more]) for name in ("sigmoid", "simpo", "orpo", "kto")]
+    labels = [one for one in overrides(labelled, RECIPE, *more) if not one.startswith("objective=")]
     cases.append((labelled, [*labels, "objective=classify", f"objective.labels=[{','.join(LABELS)}]"]))
     (found,) = run_ranks(_measured, cases, size=1)
     assert all(told and told == said for told, said in found), found
@@ -237,8 +238,9 @@ def test_the_best_by_what_the_objective_measures_stays(labelled: Path, tmp_path:
     for keep in (9, 1):
         more = [f"checkpoint.keep_last={keep}", "checkpoint.best_by=accuracy", "checkpoint.best_mode=max"]
         run_ranks(
-            functools.partial(run, noise=False), folder, settled([*typed, *more]), tmp_path / str(keep), None, size=1
-        )
+            functools.partial(run, noise=False, in_background=False), folder, settled([*typed, *more]),
+            tmp_path / str(keep), None, size=1,
+        )  # fmt: skip
     measured = {read.step: read.metrics["accuracy"] for read in map(manifest.read, committed(tmp_path / "9"))}
     best = max(measured, key=lambda step: (measured[step] or 0, -step))
     assert len(measured) == 6
