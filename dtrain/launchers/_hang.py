@@ -19,8 +19,10 @@ from dtrain.runs.host import host_name
 from dtrain.runs.process import MARK
 from dtrain.runs.pulse import Place
 
-STACKS_S = 3.0
+STACKS_S = 10.0
 """What a rank gets to write its stacks."""
+WRITTEN_S = 0.5
+"""They are whole once nothing has been added for so long: of several threads the main one comes last."""
 FLIGHT_S = 5.0
 PYSPY_S = 10.0
 
@@ -71,12 +73,14 @@ def _show(folder: Path, places: list[Place]) -> None:
         with contextlib.suppress(OSError):
             os.kill(place.pid, SHOW_STACKS)
     paths = [stacks_path(folder, place.rank) for place in places]
-    deadline, before = time.monotonic() + STACKS_S, [-1]
-    while time.monotonic() < deadline:
+    began = grown = time.monotonic()
+    before: list[int] = []
+    while (now := time.monotonic()) - began < STACKS_S:
         sizes = [len(_read(path)) for path in paths]
-        if all(sizes) and sizes == before:
+        if sizes != before:
+            before, grown = sizes, now
+        elif all(sizes) and now - grown >= WRITTEN_S:
             return
-        before = sizes
         time.sleep(0.1)
 
 

@@ -154,6 +154,11 @@ class Leader:
 
     node = 0
 
+    @property
+    def nodes(self) -> int:
+        """Machines that take part."""
+        return len(self._members) + 1
+
     def __init__(self, run: RunDir, gathering: Gathering, num_others: int, digest: str, holder: Holder,
                  say: Callable[[str], None]) -> None:  # fmt: skip
         self._run, self._gathering, self._num_others = run, gathering, num_others
@@ -170,7 +175,7 @@ class Leader:
         """Tell the others, who have come, where to meet; `deadline`: by this machine's clock, when the time is over."""
         host = self._gathering.host or self._address()
         port, name = self._gathering.port or free_port(), secrets.token_hex(8)
-        nodes, left_s = len(self._members) + 1, None if deadline is None else deadline - time.time()
+        nodes, left_s = self.nodes, None if deadline is None else deadline - time.time()
         for member in self._members:
             go = Go(attempt, member.node, host, port, name, left_s, nodes, dataclasses.asdict(self._holder))
             with contextlib.suppress(FileNotFoundError):  # of one that has left, which is seen at once
@@ -313,7 +318,7 @@ class Leader:
         self._members = here[: self._num_others]
         for node, member in enumerate(self._members, 1):
             member.node = node
-        return len(self._members) + 1
+        return self.nodes
 
     def _here(self) -> list[_Member]:
         """Those that wait now. Raises RunError where one has been told something else and all are needed; a run that
@@ -373,7 +378,7 @@ class Follower:
         """And is to hear the last word."""
         self._leader: Holder | None = None
         """Whoever has said that it is to go; it follows nobody else."""
-        self.node = -1
+        self.node = self.nodes = -1
         """Known once the leader has said it."""
         self._folder.mkdir(parents=True)
         for word in (GO, OVER, STOP, END):
@@ -393,7 +398,7 @@ class Follower:
                 return over
             if (said := read_json(self._folder / GO)) is not None:
                 go = Go(**said)
-                self.node, self._leader = go.node, Holder(**go.leader)
+                self.node, self.nodes, self._leader = go.node, go.nodes, Holder(**go.leader)
                 return go
             if led:
                 began = time.monotonic()

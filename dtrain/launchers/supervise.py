@@ -38,6 +38,8 @@ TEAM_S = 1.0
 """How often the run's folder is looked at for what other machines say."""
 WATCH_S = 0.5
 """How often is looked where the ranks are."""
+OTHERS_LOOK_S = 20.0
+"""After a hang, what other machines get to write down where their ranks are, which fail once ours have ended."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -46,6 +48,10 @@ class AbstractTeam(Protocol):
 
     @property
     def node(self) -> int: ...
+
+    @property
+    def nodes(self) -> int:
+        """Machines that take part."""
 
     @property
     def token(self) -> str:
@@ -192,10 +198,13 @@ class _Job:
         """A rank that stops, or has no others to wait for, may finish what it tells its trackers."""
         return STOPPING_S if self._alone or self.told is not None else OTHERS_S
 
-    @property
-    def _others_look_s(self) -> float:
-        """What other machines get to look at their ranks of a hang, before those fail because ours have ended."""
-        return 2 * WATCH_S if self.team is not None else 0.0
+    def _is_written_down(self) -> bool:
+        """Whether a hang is by all machines that take part, or the others had their time for it."""
+        if self._hung_at is None:
+            return False
+        if self.team is None or time.monotonic() - self._hung_at > OTHERS_LOOK_S:
+            return True
+        return len(list(self.run.hang_dir(self.attempt).glob("node-*.json"))) >= self.team.nodes
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Only takes note: the loop acts."""
@@ -234,7 +243,7 @@ class _Job:
 
     def _look(self) -> None:
         assert self.process is not None
-        if self.forced or (self._hung_at is not None and time.monotonic() - self._hung_at > self._others_look_s):
+        if self.forced or self._is_written_down():
             self.process.kill()
             return
         if self.told is not None:
