@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 
 import numpy as np
 import xxhash
@@ -218,7 +220,8 @@ def _encoded(chunks: Iterator[list[Example]], encoder: Encoder, tokenizer: TextT
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in chain(head, [further], chunks):
-            waiting.append(pool.submit(_encode, chunk))
+            with _others_not_told():
+                waiting.append(pool.submit(_encode, chunk))  # may start a process
             if len(waiting) > 2 * num_processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -230,13 +233,27 @@ def _encoded(chunks: Iterator[list[Example]], encoder: Encoder, tokenizer: TextT
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _others_not_told() -> Iterator[None]:
+    """A process that is started meanwhile is not ended by a signal that is for this one, even as it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_PARENT)
+    try:
+        resource_tracker.ensure_running()  # started with the first of them: that lets SIGINT through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_PARENT)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_FOR_PARENT = (signal.SIGINT, signal.SIGUSR1)
+"""A terminal's and Slurm's, which go to all processes."""
 _here: list[tuple[Encoder, TextTokenizer]] = []
 """Of a process that encodes for another: what it was given at its start."""
 
 
 def _begin(encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for each core is there already
-    for signum in (signal.SIGINT, signal.SIGUSR1):  # a terminal's and Slurm's go to all; they are for the parent
+    for signum in _FOR_PARENT:
         signal.signal(signum, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,26 @@ def test_what_is_wrong_is_told_by_other_processes_too(tmp_path, many_chunks, mon
     assert not list((tmp_path / "cache").glob("*data*"))
 
 
+def told_before(begin, *args):
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(os.getpid(), signum)
+    begin(*args)
+
+
+def test_signals_for_this_process_do_not_end_those_that_start(tmp_path, many_chunks, monkeypatch, capfd):
+    """A terminal's and Slurm's go to all, also to one that has come no further than to import."""
+
+    def pool(num, context, initializer, initargs):
+        return ProcessPoolExecutor(num, context, initializer=told_before, initargs=(initializer, *initargs))
+
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(encode, "num_cores", lambda: 2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert make(write(tmp_path / "a.jsonl", 300), tmp_path / "cache").counts["read"] == 300
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    assert capfd.readouterr().err == ""
+
+
 def test_packing_in_windows_leaves_nothing_out(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", 200)
     whole = make(path, tmp_path / "whole")
@@ -138,14 +160,14 @@ def test_no_process_outlives_a_build_that_is_killed(tmp_path):
     builder = subprocess.Popen([sys.executable, script, path, tmp_path / "cache"], env=ENV)
     try:
         process, children = psutil.Process(builder.pid), []
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(children) < 3:  # two that encode, and Python's tracker of resources
             assert builder.poll() is None, "it ended by itself"
             assert time.monotonic() < deadline
             children = process.children(recursive=True)
         builder.kill()
         builder.wait()
-        _, alive = psutil.wait_procs(children, timeout=30)
+        _, alive = psutil.wait_procs(children, timeout=120)
         assert not alive
     finally:
         builder.kill()
