@@ -16,8 +16,13 @@ os.environ.setdefault(
 )  # else torch sets it on import
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import measured
+
+settings.register_profile("dtrain", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dtrain")
+"""The same examples each time, however busy the machine; `pytest --hypothesis-profile default` looks for others."""
 
 
 @pytest.fixture(autouse=True)

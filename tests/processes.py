@@ -47,11 +47,11 @@ def _rank(rank: int, size: int, port: int, fn: Callable[..., Any], args: tuple[A
         pipe.send((None, traceback.format_exc()))
     # Stay until all have spoken: who leaves closes connections that others may still read. Then leave without teardown:
     # torch's process group and DDP can wait for each other there for ever.
-    pipe.poll(60)
+    pipe.poll(240)
     os._exit(0)
 
 
-def run_ranks(fn: Callable[..., Any], *args: Any, size: int = 2, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], *args: Any, size: int = 2, timeout_s: float = 240.0) -> list[Any]:
     """What `fn(*args)` returns on each of `size` processes, in order of rank. Kills what hangs, and names it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

@@ -65,7 +65,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             (folder / f"spool-n{i}").mkdir()
             stack.enter_context(daemon(["slurmd", "-D", "-N", f"n{i}", "-f", str(conf)], folder / f"n{i}.out", env))
         idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
-        until(lambda: output(idle, env) == str(NODES), 60, lambda: (folder / "slurmctld.log").read_text()[-3000:])
+        until(lambda: output(idle, env) == str(NODES), 120, lambda: (folder / "slurmctld.log").read_text()[-3000:])
         try:
             yield env
         finally:  # a step lives on where its daemon is ended under it
@@ -76,7 +76,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
 
 def output(argv: list[str], env: dict[str, str]) -> str:
     return subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, check=False,
-                          timeout=30).stdout.strip()  # fmt: skip
+                          timeout=60).stdout.strip()  # fmt: skip
 
 
 def until(true: Callable[[], object], within_s: float, tell: Callable[[], str] = lambda: "") -> None:
@@ -106,7 +106,7 @@ def _munge(stack: ExitStack) -> None:
     shutil.chown("/run/munge", "munge", "munge")
     munged = ["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--force", "--foreground"]
     stack.enter_context(daemon(munged, Path(os.devnull), {}))
-    until(lambda: subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0, 20)
+    until(lambda: subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0, 60)
 
 
 @contextmanager

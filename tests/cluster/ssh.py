@@ -49,6 +49,6 @@ def sshd(folder: Path) -> Iterator[list[str]]:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     out = folder / "sshd.log"
     with daemon(["/usr/sbin/sshd", "-D", "-e", "-f", str(conf)], out, {}):
-        until(lambda: out.read_text().count("listening") == len(HOSTS), 20, out.read_text)
+        until(lambda: out.read_text().count("listening") == len(HOSTS), 60, out.read_text)
         yield [f"launcher.ssh_port={port}", f"launcher.ssh_options={{IdentityFile:{folder}/key,IdentitiesOnly:yes,"
                f"UserKnownHostsFile:{folder}/known_hosts,StrictHostKeyChecking:yes}}"]  # fmt: skip

@@ -18,12 +18,12 @@ import pytest
 from dtrain.runs import RunDir
 from tests import measured
 from tests.cluster.slurm import missing, output, slurm, until
-from tests.e2e.command import ROOT, SMALL, dtrain, write_texts
+from tests.e2e.command import ROOT, SMALL, dtrain, kill_together, write_texts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 TYPED = [*SMALL, "dataset.path=texts.jsonl", "launcher=slurm", "launcher.nodes=2", "strategy=ddp", "eval.every_steps=0",
-         "schedule=constant", "launcher.join_timeout_s=60"]  # fmt: skip
+         "schedule=constant", "launcher.join_timeout_s=120"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,14 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def submit(cluster: dict[str, str], folder: Path, *typed: str) -> tuple[str, RunDir]:
+def slowly(*attempts: int) -> dict[str, str]:
+    """Environment of a job in which these are still on their way when something is done to them."""
+    return {"DTRAIN_FAIL": ",".join(f"train.forward:sleep=0.2:attempt={one}" for one in attempts)}
+
+
+def submit(cluster: dict[str, str], folder: Path, *typed: str, **env: str) -> tuple[str, RunDir]:
     """The job's number, and its run."""
-    done = dtrain(folder, "launch", *TYPED, "run.name=a b", *typed, env=cluster)
+    done = dtrain(folder, "launch", *TYPED, "run.name=a b", *typed, env={**cluster, **env})
     assert done.returncode == 0, done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("submitted"))
     return line.split()[2].rstrip(";"), RunDir(folder / "runs" / "a b")
@@ -50,7 +55,7 @@ def submit(cluster: dict[str, str], folder: Path, *typed: str) -> tuple[str, Run
 
 def state(cluster: dict[str, str], job: str) -> str:
     text = output(["scontrol", "show", "job", job, "--oneliner"], cluster)
-    return next(word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState="))
+    return next((word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState=")), "not told")
 
 
 def rows(run: RunDir) -> list[dict[str, Any]]:
@@ -95,7 +100,7 @@ def test_the_time_limit_is_met_and_the_run_goes_on(cluster: dict[str, str], fold
     measured.lost(0)
     assert attempts[1]["first_step"] > 0
     assert ends(cluster, run, job) == "CANCELLED"
-    until(lambda: run.read_outcome(1) is not None, 30, lambda: log(run, job))
+    until(lambda: run.read_outcome(1) is not None, 120, lambda: log(run, job))
     assert (run.read_outcome(1).kind, run.read_outcome(1).reason) == ("stopped", "SIGTERM")
     assert not run.requeue.exists()
     got = rows(run)
@@ -111,7 +116,9 @@ def test_whatever_becomes_of_it_on_the_way_it_ends_all_the_same(cluster: dict[st
     """Told to stop by a signal to its ranks and to its script, waiting for a node that is drained, a rank killed, and all
     of one node killed.
     """
-    job, run = submit(cluster, folder, "train.steps=250", "launcher.max_restarts=2", "checkpoint.every_steps=3")
+    job, run = submit(
+        cluster, folder, "train.steps=120", "launcher.max_restarts=2", "checkpoint.every_steps=3", **slowly(0, 1, 2, 3)
+    )
     script = run.path / "job.sh"
     if shutil.which("shellcheck"):
         assert output(["shellcheck", str(script)], {}) == ""
@@ -122,17 +129,16 @@ def test_whatever_becomes_of_it_on_the_way_it_ends_all_the_same(cluster: dict[st
     trains(cluster, run, job, 0)
     ask("scontrol", "update", "nodename=n2", "state=drain", "reason=test")  # what runs there goes on
     ask("scancel", "--signal=USR1", job)
-    until(lambda: state(cluster, job) == "PENDING", 60, lambda: log(run, job))
+    until(lambda: state(cluster, job) == "PENDING", 120, lambda: log(run, job))
     assert run.read_manifest()["attempts"][-1]["ended"] == "stopped"
     ask("scontrol", "update", "nodename=n2", "state=resume")
     trains(cluster, run, job, 1)
     ask("scancel", "--signal=USR1", "--batch", job)
     trains(cluster, run, job, 2)
-    until(lambda: _events(run, "saved")[-1]["attempt"] == 2, 30)  # else the next attempt would be said to get nowhere
+    until(lambda: _events(run, "saved")[-1]["attempt"] == 2, 120)  # else the next attempt would be said to get nowhere
     os.kill(_of(run, rank=1), signal.SIGKILL)
     trains(cluster, run, job, 3)
-    for pid in _all_of(_of(run, rank=1)):
-        os.kill(pid, signal.SIGKILL)
+    kill_together(_all_of(_of(run, rank=1)))
     assert ends(cluster, run, job) == "COMPLETED", log(run, job)
     attempts = run.read_manifest()["attempts"]
     assert [one["ended"] for one in attempts] == ["stopped", "stopped", "worker", "lost", "done"], log(run, job)
@@ -142,7 +148,7 @@ def test_whatever_becomes_of_it_on_the_way_it_ends_all_the_same(cluster: dict[st
     assert "killed by SIGKILL" in log(run, job)
     assert log(run, job).count("is queued again") == 4
     steps = [row["step"] for row in rows(run)]
-    assert sorted(set(steps)) == list(range(1, 251))
+    assert sorted(set(steps)) == list(range(1, 121))
     assert not (folder / "x").exists()
     left = [one for one in run.nodes.iterdir() if one.is_dir()]
     assert len(left) <= 1  # of the one that was killed; a start that lasts longer removes it
@@ -156,9 +162,9 @@ def test_a_job_that_is_told_while_it_prepares_its_data_is_queued_again(cluster: 
     for name, how, why in (("one", ["--batch"], "the file STOP"), ("two", [], "SIGUSR1")):
         job, _ = submit(cluster, folder, *typed, f"run.name={name}")
         run = RunDir(folder / "runs" / name)
-        until(lambda job=job, run=run: "data: preparing" in log(run, job), 60, lambda job=job, run=run: log(run, job))
+        until(lambda job=job, run=run: "data: preparing" in log(run, job), 120, lambda job=job, run=run: log(run, job))
         subprocess.run(["scancel", "--signal=USR1", *how, job], env={**os.environ, **cluster}, check=True)
-        until(lambda job=job: state(cluster, job) == "PENDING", 30, lambda job=job, run=run: log(run, job))
+        until(lambda job=job: state(cluster, job) == "PENDING", 150, lambda job=job, run=run: log(run, job))
         said = log(run, job)
         subprocess.run(["scancel", job], env={**os.environ, **cluster}, check=True)
         assert f"{why}: ended while no rank ran" in said
@@ -167,8 +173,8 @@ def test_a_job_that_is_told_while_it_prepares_its_data_is_queued_again(cluster: 
 
 
 def test_a_sweep_is_an_array_whose_tasks_are_queued_again_by_themselves(cluster: dict[str, str], folder: Path) -> None:
-    done = dtrain(folder, "launch", "-m", *TYPED, "launcher.nodes=1", "train.steps=300", "run.seed=1,2", "run.name=a b",
-                  env=cluster)  # fmt: skip
+    done = dtrain(folder, "launch", "-m", *TYPED, "launcher.nodes=1", "train.steps=150", "run.seed=1,2", "run.name=a b",
+                  env={**cluster, **slowly(0)})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     number = next(line for line in done.stdout.splitlines() if line.startswith("submitted")).split()[2].rstrip(":")
     runs = [RunDir(folder / "runs" / f"a b-run.seed={seed}") for seed in (1, 2)]
@@ -183,7 +189,7 @@ def test_a_sweep_is_an_array_whose_tasks_are_queued_again_by_themselves(cluster:
         assert said.count("is queued again") == 1
         assert f"job {task} is queued again" in said
         assert [one["ended"] for one in run.read_manifest()["attempts"]] == ["stopped", "done"]
-        assert [row["step"] for row in rows(run)] == list(range(1, 301))
+        assert [row["step"] for row in rows(run)] == list(range(1, 151))
     assert not (folder / "x").exists()
 
 
@@ -219,7 +225,7 @@ def test_in_an_allocation_the_tasks_are_started_there(cluster: dict[str, str], f
     argv = ["salloc", "--nodes=2", "--quiet", sys.executable, "-m", "dtrain", "launch", *TYPED, "train.steps=4",
             "run.name=now"]  # fmt: skip
     env = {**os.environ, **cluster, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120,
+    ran = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240,
                          stdin=subprocess.DEVNULL)  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "which is there already: bash" in ran.stdout

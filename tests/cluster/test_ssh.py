@@ -68,7 +68,7 @@ class Head:
             return len(rows(run)) > began
 
         began = len(rows(run))
-        until(there, 60, self.out.read_text)
+        until(there, 120, self.out.read_text)
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:
@@ -78,13 +78,13 @@ def rows(run: RunDir) -> list[dict[str, float]]:
 
 def ended(run: RunDir, attempt: int) -> str:
     """How it did; nothing of it is left."""
-    until(lambda: run.read_outcome(attempt) is not None and not workers_of(run.path) and run.holder() is None, 30)
+    until(lambda: run.read_outcome(attempt) is not None and not workers_of(run.path) and run.holder() is None, 120)
     return str(run.read_outcome(attempt).kind)
 
 
 def test_they_train_as_one_whatever_becomes_of_the_machine_that_calls(folder: Path, reach: list[str]) -> None:
     hostile = {"HF_X": '; touch y; $(touch y) "\n`touch y` %h \'', "A_TOKEN": SECRET,
-               "DTRAIN_FAIL": "train.forward:sleep=0.1:attempt=0,train.forward:sleep=0.1:attempt=1"}  # fmt: skip
+               "DTRAIN_FAIL": "train.forward:sleep=0.5:attempt=0,train.forward:sleep=0.5:attempt=1"}  # fmt: skip
     run = RunDir(folder / "runs" / "a b")
     typed = [*TYPED, *reach, "run.name=a b"]
     with Head(folder, [*typed, "launcher.by=pdsh"], hostile) as head:
@@ -97,7 +97,7 @@ def test_they_train_as_one_whatever_becomes_of_the_machine_that_calls(folder: Pa
         assert SECRET not in "".join(word for one in psutil.process_iter() for word in _argv(one))
         assert _environments(run) == {(SECRET, hostile["HF_X"])}
         head.process.send_signal(signal.SIGTERM)
-        assert head.process.wait(30) == 75, head.out.read_text()
+        assert head.process.wait(120) == 75, head.out.read_text()
         assert ended(run, 1) == "stopped"
     done = dtrain(folder, "launch", *typed, env=hostile)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -138,7 +138,7 @@ def test_machines_that_are_down_are_named(folder: Path, reach: list[str], by: st
     (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in [*there, "127.0.0.4", "127.0.0.5"]))
     with socket.create_server(("127.0.0.5", port)):  # takes a connection, and never says a word
         typed = [*TYPED, *reach, f"launcher.by={by}", "launcher.connect_timeout_s=2"]
-        done = dtrain(folder, "launch", *typed, timeout_s=30)
+        done = dtrain(folder, "launch", *typed, timeout_s=120)
     assert done.returncode == 2, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert [re.sub(r" port \d+", "", line) for line in errors] == [
@@ -150,7 +150,7 @@ def test_machines_that_are_down_are_named(folder: Path, reach: list[str], by: st
 
 def doctor(folder: Path, reach: list[str], *typed: str) -> tuple[int, list[str]]:
     done = dtrain(folder, "doctor", "--launcher", "deepspeed", "--only", "versions,limits,ranks", *reach[:2], *typed,
-                  "launcher.hostfile=hosts", timeout_s=60)  # fmt: skip
+                  "launcher.hostfile=hosts", timeout_s=120)  # fmt: skip
     assert done.stderr == ""
     assert not (folder / "runs").is_dir() or list((folder / "runs").iterdir()) == []
     return done.returncode, done.stdout.splitlines()

@@ -47,6 +47,7 @@ def _peak(folder: Path, typed: list[str]) -> tuple[int, int]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     built = make_built(folder, typed)
+    peak[0] = max(peak[0], _own_bytes())
     done.set()
     watcher.join()
     assert built is not None

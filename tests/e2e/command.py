@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ SMALL = ["dataset=files", "dataset.max_length=64", "model.hidden=64", "model.lay
 
 
 def dtrain(cwd: Path, *argv: str, python: tuple[str, ...] = (), env: dict[str, str | None] | None = None,
-           timeout_s: float = 150) -> subprocess.CompletedProcess[str]:  # fmt: skip
+           timeout_s: float = 240) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """`dtrain ...` in `cwd`; None in `env` takes a variable away."""
     whole = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run([sys.executable, *python, "-m", "dtrain", *argv], cwd=cwd, text=True, capture_output=True,
@@ -69,3 +71,11 @@ def workers_of(run_dir: Path) -> list[int]:
             if b"worker" in argv and os.fsencode(run_dir) in argv:
                 found.append(int(entry.name))
     return found
+
+
+def kill_together(pids: Iterable[int]) -> None:
+    """As a machine is lost: none of them sees another end first, which would have it save or say so."""
+    pids = list(pids)
+    for signum in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, signum)

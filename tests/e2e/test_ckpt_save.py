@@ -37,7 +37,7 @@ def test_saves_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             time.sleep(0.05)
         saved = []
         for _ in range(2):
-            assert run(["ckpt", "save", "demo", "--wait", "60"]) == 0, capsys.readouterr().err
+            assert run(["ckpt", "save", "demo", "--wait", "120"]) == 0, capsys.readouterr().err
             said = capsys.readouterr()
             assert f"asked process {process.pid}" in said.err
             saved.append(Path(said.out.strip()))
@@ -46,7 +46,7 @@ def test_saves_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert f"in use by process {process.pid}" in capsys.readouterr().err
     finally:
         os.kill(process.pid, signal.SIGTERM)
-        told, _ = process.communicate(timeout=60)
+        told, _ = process.communicate(timeout=120)
     assert process.returncode == 75, told
     assert workers_of(demo) == []
     stopped_at = json.loads((demo / "outcome.json").read_text())["step"]

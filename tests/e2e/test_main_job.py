@@ -354,7 +354,7 @@ def test_a_rank_that_fails(folder: Path, faulty) -> None:
     assert len(rows(run / "metrics.jsonl")) == 1
     assert not (run / "export").exists()
     assert workers_of(run) == []
-    assert took_s < 60
+    assert took_s < 120
     assert "failed" in dtrain(folder, "runs", "ls").stdout
 
 

@@ -164,7 +164,7 @@ def test_no_home_and_no_locale(here: Path) -> None:
 def test_a_mistake_is_quick_and_without_a_traceback(here: Path) -> None:
     began = time.monotonic()
     done = dtrain(here, "launch", "foo=1", "train.stpes=3", "strategy=zero9")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert (done.returncode, done.stdout) == (2, "")
     lines = done.stderr.splitlines()
     assert lines[0] == "3 problems:"
@@ -261,7 +261,7 @@ def _start(here: Path, *argv: str, **env: str) -> subprocess.Popen[str]:
                             env={**os.environ, "PYTHONPATH": str(ROOT), **env})  # fmt: skip
 
 
-def _wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+def _wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         assert process.poll() is None, process.stdout and process.stdout.read()
@@ -283,7 +283,7 @@ def test_two_launches_of_one_run(here: Path) -> None:
         assert "running" in listed.stdout
     finally:
         os.kill(first.pid, signal.SIGINT)
-        said, _ = first.communicate(timeout=60)
+        said, _ = first.communicate(timeout=120)
     assert first.returncode == 75, said
     assert workers_of(here / "runs" / "demo") == []
 
@@ -291,12 +291,12 @@ def test_two_launches_of_one_run(here: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_while_the_data_is_prepared(here: Path) -> None:
     text = (here / "texts.jsonl").read_text()
-    (here / "large.jsonl").write_text(text * 300)
+    (here / "large.jsonl").write_text(text * 1000)
     process = _start(here, "launch", *SMALL, "dataset.path=large.jsonl", "launcher.procs=1")
     _wait_for(here / "runs" / ".cache", process)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "interrupted" in said
@@ -309,14 +309,14 @@ def test_ctrl_c_while_the_data_is_prepared(here: Path) -> None:
 def test_slurms_signal_while_the_data_is_prepared(here: Path) -> None:
     """`scancel --signal=USR1 JOB` sends it to every process of a step: those that tokenise are there too."""
     text = (here / "texts.jsonl").read_text()
-    (here / "large.jsonl").write_text(text * 300)
+    (here / "large.jsonl").write_text(text * 1000)
     run = here / "runs" / "demo"
     run.mkdir(parents=True)
     process = _start(here, "launch", *SMALL, "dataset.path=large.jsonl", "launcher.procs=1", DTRAIN_BATCH="7.0")
     _wait_for(here / "runs" / ".cache", process)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGUSR1)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert said.splitlines()[-1] == ("SIGUSR1: ended while no rank ran; the same command goes on from what is prepared "
                                      "and saved; the batch script is asked to queue the job again")  # fmt: skip

@@ -43,7 +43,8 @@ def whole(folder: Path) -> list[dict]:
 
 def interrupted(folder: Path, name: str, then: Callable[[subprocess.Popen], None], *more: str) -> tuple[int, str]:
     """Exit code and stderr of a run to which `then` is done once it trains."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    slowly = "train.forward:sleep=0.2:attempt=0"  # it is not to be done before it is told
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DTRAIN_FAIL": slowly}
     argv = [sys.executable, "-m", "dtrain", "launch", f"run.name={name}", *LONG, *more]
     process = subprocess.Popen(argv, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = folder / "runs" / name / "metrics.jsonl"

@@ -59,12 +59,12 @@ class Fault:
     """Of the run and the attempt, asked all the time: whether to kill every rank now."""
     before: Callable[[], None] | None = None
     """Called on each rank first."""
-    others_s: float = 0.3
-    """What the other ranks get after the first has failed."""
+    others_s: float = 5.0
+    """What the other ranks get after the first has failed: time to end by themselves, as they do at once."""
 
 
 def launch(folder: Path, name: str, *typed: str, fault: Fault = Fault()) -> Ended:
-    """`dtrain launch run.name=NAME ...` in `folder`; never more than two minutes."""
+    """`dtrain launch run.name=NAME ...` in `folder`; never more than four minutes."""
     out, err, began = _Clocked(), io.StringIO(), time.monotonic()
     with (
         mock.patch("dtrain.launchers.supervise.supervise", functools.partial(_supervise, fault)),
@@ -109,7 +109,7 @@ def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, **how:
     for proc in procs:
         proc.start()
     try:
-        _watch(procs, lambda: fault.kill(run, attempt), fault.others_s, time.monotonic() + 120)
+        _watch(procs, lambda: fault.kill(run, attempt), fault.others_s, time.monotonic() + 240)
     finally:
         for proc in procs:
             proc.kill()
@@ -118,9 +118,12 @@ def _supervise(fault: Fault, command: Command, run: RunDir, attempt: int, **how:
 
 
 def _watch(procs: Sequence[Any], kill: Callable[[], bool], others_s: float, deadline: float) -> None:
-    """Until all have ended, or one has failed and the others had their time, or all are to be killed."""
-    while running := [proc.sentinel for proc in procs if proc.exitcode is None]:
-        if kill():
+    """Until all have ended, or one has failed and the others had their time, or all are to be killed; `kill` is asked
+    once more when all have ended.
+    """
+    while True:
+        running = [proc.sentinel for proc in procs if proc.exitcode is None]
+        if kill() or not running:
             return
         if any(proc.exitcode for proc in procs):
             deadline = time.monotonic() + others_s

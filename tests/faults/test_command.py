@@ -17,7 +17,7 @@ from dtrain.checkpoint.verify import committed
 from dtrain.runs import RunDir
 from dtrain.runs.process import MARK
 from tests import measured
-from tests.e2e.command import ROOT, dtrain, rows, workers_of, write_texts
+from tests.e2e.command import ROOT, dtrain, kill_together, rows, workers_of, write_texts
 from tests.faults.expect import EXACT, steps_of, unfinished
 from tests.faults.harness import TYPED, launch
 from tests.faults.test_damage import FILES, _flip
@@ -62,7 +62,8 @@ def started(place: Path) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def start(place: Path, name: str, started: list[subprocess.Popen[str]]) -> tuple[RunDir, subprocess.Popen[str]]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    slowly = "train.forward:sleep=0.1:attempt=0"  # it is not to be done before it is killed
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DTRAIN_FAIL": slowly}
     argv = [sys.executable, "-m", "dtrain", "launch", f"run.name={name}", *LONG]
     process = subprocess.Popen(argv, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started.append(process)
@@ -98,10 +99,9 @@ def test_everything_killed_at_once_the_same_command_goes_on(
     place: Path, undisturbed: list[list[object]], started: list[subprocess.Popen[str]]
 ) -> None:
     run, process = start(place, "all", started)
-    for one in family(process):
-        one.kill()
-    process.wait(10)
-    psutil.wait_procs(of_run(run), timeout=10)
+    kill_together(one.pid for one in family(process))
+    process.wait(60)
+    psutil.wait_procs(of_run(run), timeout=60)
     newest = steps_of(run)[0]
     assert newest < 80, "it was too late for the test"
     left = unfinished(run)
@@ -146,7 +146,7 @@ def test_a_rank_killed_in_a_save_ends_the_run_and_a_damaged_checkpoint_is_passed
     ended = [event for event in rows(run.events) if event["kind"] in ("saved", "ended")]
     assert (ended[-2]["kind"], ended[-1]["kind"]) == ("saved", "ended")
     found_s = ended[-1]["monotonic"] - ended[-2]["monotonic"]
-    assert found_s < 15
+    assert found_s < 60
     measured.detected(found_s)
     assert json.loads(run.outcome.read_text())["failure"]["rank"] == 1
     newest, older = steps_of(run)

@@ -107,10 +107,10 @@ def test_what_a_failing_rank_leaves_to_the_others(folder: Path, whole: Callable[
     run = RunDir(folder / "runs" / "one-gone")
     began = time.monotonic()
     ended = launch(
-        folder, run.name, f"train.steps={STEPS}", fault=Fault(fail="ckpt.mid:kill:rank=1:after=6", others_s=20)
+        folder, run.name, f"train.steps={STEPS}", fault=Fault(fail="ckpt.mid:kill:rank=1:after=6", others_s=200)
     )
     assert ended.code == 3, ended.said
-    assert time.monotonic() - began < 15, "rank 0 waited for the one that is gone"
+    assert time.monotonic() - began < 100, "rank 0 waited for the one that is gone"
     assert len(steps_of(run)) == 1
     assert [event["kind"] for event in rows(run.events)].count("saved") == 1
     assert launch(folder, run.name, f"train.steps={STEPS}").code == 0

@@ -115,7 +115,7 @@ def test_a_shared_folder_that_is_lost(
         return False
 
     typed = ["train.steps=24", f"run.dir={here}", f"run.cache={folder / 'runs' / '.cache'}", "checkpoint.async=false"]
-    ended = launch(folder, run.name, *typed, fault=Fault(kill=kill, fail="ckpt.stage:sleep=0.1"))
+    ended = launch(folder, run.name, *typed, fault=Fault(kill=kill, fail="ckpt.stage:sleep=0.3"))
     assert lost
     assert ended.code == 3, ended.said
     assert outcome(run)["kind"] == "storage"

@@ -17,7 +17,7 @@ def train() -> None:
     if what == "raise":
         if rank == 1:
             raise ValueError("row 7 is a banana")
-        time.sleep(100)  # a rank that would never notice
+        time.sleep(1000)  # a rank that would never notice
     if what == "user":
         raise DataError("dataset.path: /nowhere is empty; name a file with rows")
     if what == "silent":
@@ -35,7 +35,7 @@ def train() -> None:
     while not stop and what != "done":
         time.sleep(0.02)
     if what == "deaf":
-        time.sleep(100)
+        time.sleep(1000)
     if rank == 0:
         run.write_outcome("stopped" if stop else "done", attempt, step=4)
 

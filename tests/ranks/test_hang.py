@@ -28,10 +28,10 @@ def run(tmp_path: Path) -> RunDir:
     return made
 
 
-def supervised(run: RunDir, what: str) -> Outcome:
+def supervised(run: RunDir, what: str, limit_s: float = LIMIT_S) -> Outcome:
     made = Local().command(run.path, ["HERE"], Topology(nodes=1, procs_per_node=2))
     command = Command([*made.argv[:-3], RANK, what], made.env)
-    outcome = supervise(command, run, run.new_attempt(), note=lambda line: None, hang_after=LIMIT_S)
+    outcome = supervise(command, run, run.new_attempt(), note=lambda line: None, hang_after=limit_s)
     assert marked(run.path) == []
     return outcome
 
@@ -42,12 +42,12 @@ def supervised(run: RunDir, what: str) -> Outcome:
 def test_the_rank_that_stands_still_is_named(run: RunDir, what: str, told: str) -> None:
     began = time.monotonic()
     outcome = supervised(run, what)
-    assert time.monotonic() - began < 40  # of which most is importing torch
+    assert time.monotonic() - began < 200  # of which most is importing torch; what is learned is 300 s at least
     assert (outcome.kind, outcome.exit_code, outcome.step) == ("hang", 3, 5)
     failure = outcome.failure
     assert (failure.rank, failure.phase, failure.step, failure.rows) == (1, "train", 5, (7,))
     found_s = max(one.stale_s for one in read_hang(run, 0))
-    assert LIMIT_S <= found_s < LIMIT_S + 5
+    assert LIMIT_S <= found_s < LIMIT_S + 30
     measured.detected(found_s)
     assert told in failure.message
     last = explain(outcome, run).splitlines()[-1]
@@ -60,5 +60,5 @@ def test_the_rank_that_stands_still_is_named(run: RunDir, what: str, told: str) 
 
 
 def test_what_is_only_slow_ends_well(run: RunDir) -> None:
-    assert supervised(run, "slow").kind == "done"
+    assert supervised(run, "slow", limit_s=15.0).kind == "done"
     assert not run.hang_dir(0).exists()

@@ -17,7 +17,7 @@ def hold(lock, began, end):
     with alone(lock, "it", lambda line: None) as tell:
         tell("half way")
         began.set()
-        end.wait(60)
+        end.wait(300)
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def holder(tmp_path):
     began, end = context.Event(), context.Event()
     process = context.Process(target=hold, args=(tmp_path / ".it.lock", began, end))
     process.start()
-    assert began.wait(60)
+    assert began.wait(120)
     yield process, end
     process.kill()
     process.join()
 
 
-def wait_for(condition, timeout_s=30):
+def wait_for(condition, timeout_s=100):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -60,7 +60,7 @@ def test_one_waits_until_the_other(tmp_path, holder, monkeypatch, how):
         end.set()
     else:
         os.kill(process.pid, signal.SIGKILL)
-    thread.join(30)
+    thread.join(100)
     assert got == [False]
     assert said[-1] == "waited for it: the other process has ended"
     assert not list(tmp_path.iterdir())
@@ -75,7 +75,7 @@ def test_how_far_the_other_is_is_told(tmp_path, monkeypatch):
         wait_for(lambda: said)
         tell("half way")
         wait_for(lambda: said[-1].endswith(": half way"))
-    thread.join(30)
+    thread.join(100)
     assert [line.rpartition(": ")[2] for line in said] == ["beginning", "half way", "the other process has ended"]
 
 

@@ -281,7 +281,7 @@ def start(*args, **values):
 def test_a_killed_build_leaves_nothing(tmp_path):
     path, cache = write(tmp_path / "a.jsonl", texts(9)), tmp_path / "cache"
     process = start(path, cache, objective=Killed())
-    process.join(60)
+    process.join(200)
     assert process.exitcode == -signal.SIGKILL
     assert len(list(cache.glob(".tmp-*"))) == 1
     assert not list(cache.glob("data-*"))
@@ -304,7 +304,7 @@ def test_launches_at_once_build_once(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(200)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     told = [out.read_text() for out in outs]
     assert sum("preparing" in text for text in told) == 1

@@ -336,7 +336,7 @@ def test_a_rank_that_waits_for_a_slow_source_is_known_to_get_on(path, tmp_path, 
     def slow(self, span):
         for i, example in enumerate(read(self, span)):
             if i == 30:
-                assert goes_on.wait(30), "nobody was told"
+                assert goes_on.wait(120), "nobody was told"
             yield example
 
     def alive():

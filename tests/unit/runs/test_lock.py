@@ -96,7 +96,7 @@ def test_a_holder_on_a_host_of_the_same_name_is_told_by_what_it_shows(tmp_path: 
 
 
 def test_one_of_many_wins(tmp_path: Path) -> None:
-    won: list[int] = []
+    won, lost = list[int](), list[int]()
     gate, leave = threading.Barrier(8), threading.Event()
 
     def race(number: int) -> None:
@@ -104,18 +104,20 @@ def test_one_of_many_wins(tmp_path: Path) -> None:
         try:
             with RunDir(tmp_path / "r").lock():
                 won.append(number)
-                leave.wait(10)
+                leave.wait(60)
         except RunError:
-            pass
+            lost.append(number)
 
     threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)
+    deadline = time.monotonic() + 60
+    while len(won) + len(lost) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
     leave.set()
     for thread in threads:
         thread.join()
-    assert len(won) == 1
+    assert (len(won), len(lost)) == (1, 7)
 
 
 def test_a_lock_that_cannot_be_written_is_somebody_elses(tmp_path: Path) -> None:

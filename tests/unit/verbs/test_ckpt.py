@@ -314,7 +314,7 @@ class _Running:
         """`take` the trigger when it is there; `begin N` and `commit N` a save; be `seen` as it is then; `end`."""
         self._script = list(script)
         self._thread.start()
-        assert self._held.wait(10)
+        assert self._held.wait(60)
 
     def _live(self) -> None:
         with self.run.lock():
@@ -336,7 +336,7 @@ class _Running:
                         time.sleep(0.01)
                 elif word == "end":
                     return
-            self._end.wait(30)
+            self._end.wait(300)
 
     def stop(self) -> None:
         self._end.set()
@@ -388,11 +388,14 @@ def test_a_run_that_fails_while_it_is_waited_for(run: RunDir, running: _Running,
 
 
 @pytest.mark.parametrize(
-    ("script", "text"), [([], "has not looked for it yet"), (["take"], "took note, and has not finished")]
+    ("script", "wait", "text"),
+    [([], "0.3", "has not looked for it yet"), (["take"], "2", "took note, and has not finished")],
 )
-def test_a_save_that_does_not_come(run: RunDir, running: _Running, said: _Said, script: list[str], text: str) -> None:
+def test_a_save_that_does_not_come(
+    run: RunDir, running: _Running, said: _Said, script: list[str], wait: str, text: str
+) -> None:
     running.does(*script)
-    assert f"no new checkpoint in time: the run {text}" in said("save", "mine", "--wait", "0.3", code=3)
+    assert f"no new checkpoint in time: the run {text}" in said("save", "mine", "--wait", wait, code=3)
     assert not run.save_trigger.exists()
 
 

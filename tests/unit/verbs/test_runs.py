@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dtrain import cli
 from dtrain.runs import Holder, RunDir, record_failure
 from dtrain.runs.listing import summary
+from dtrain.verbs import _runs_tail
 
 
 @pytest.fixture
@@ -165,12 +167,19 @@ def test_stop_does_not_wait_for_ever(runs: Path, capsys: pytest.CaptureFixture[s
         assert process.poll() is None
 
 
-def test_follow_until_it_ends(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = RunDir(runs / "a")
+def test_follow_until_it_ends(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, looks = RunDir(runs / "a"), threading.Event()
+
+    class Growing(_runs_tail._Growing):
+        def more(self) -> list[dict[str, Any]]:
+            looks.set()
+            return super().more()
+
+    monkeypatch.setattr(_runs_tail, "_Growing", Growing)
     with held(run, 1) as process:
 
         def goes_on() -> None:
-            time.sleep(0.3)
+            assert looks.wait(60)
             with run.metrics.open("a") as file:
                 file.write(run.metrics.read_text().splitlines()[0].replace('"step": 1', '"step": 5') + "\n")
             os.kill(process.pid, signal.SIGTERM)
