@@ -14,7 +14,7 @@ import torch
 from dtrain.checkpoint.manifest import Manifest
 from dtrain.checkpoint.safetensors import FORMATS, Writer, plan_shards, read_header
 from dtrain.checkpoint.storage import WEIGHT, Reader
-from dtrain.errors import ExportError
+from dtrain.errors import CheckpointError, ExportError
 from dtrain.folders import discard, whole_folder
 from dtrain.models.assets import ADAPTER_BASE, ADAPTER_CONFIG, copy_assets
 from dtrain.models.base import AbstractWeights
@@ -132,7 +132,8 @@ def read_checkpoint(folder: Path, of: Manifest) -> Tensors:
     """The weights that a checkpoint holds, by the names that an export gives them. Raises CheckpointError."""
     reader = Reader(folder, of)
     shapes = {one.export: one.shape for one in of.parameters.values()}
-    assert len(shapes) == len(of.parameters), "two parameters of one name"
+    if len(shapes) != len(of.parameters):
+        raise CheckpointError(f"{folder}: says one name of two parameters for an export")
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         try:
@@ -149,7 +150,10 @@ def read_checkpoint(folder: Path, of: Manifest) -> Tensors:
 
 def dtype_of(folder: Path) -> str:
     """Our name of the precision that an export is in. Raises ExportError."""
-    said = json.loads((folder / "config.json").read_text()).get("dtype")
+    try:
+        said = json.loads((folder / "config.json").read_text()).get("dtype")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExportError(f"{folder}/config.json: cannot be read ({error})") from None
     found = [name for name, (dtype, *_) in FORMATS.items() if str(dtype) == f"torch.{said}"]
     if not found:
         raise ExportError(f"{folder}/config.json: dtype={said}: none of {', '.join(FORMATS)}; name one with --dtype")

@@ -55,8 +55,8 @@ class Manifest:
     """Optimizer steps done."""
     progress: Mapping[str, Any]
     """Samples, tokens and targets consumed, losses: the engine's own state."""
-    counters: Mapping[str, float]
-    """Of the strategy: optimizer updates, the loss scale."""
+    counters: Mapping[str, Annotated[float, Field(ge=0)]]
+    """Of the strategy: `updates` of the optimizer, the loss scale."""
     parameters: Mapping[str, Parameter]
     """Every trained parameter, in the order of the module."""
     tied: Mapping[str, str]
@@ -115,6 +115,8 @@ def read(folder: Path) -> Manifest:
         manifest = _adapter().validate_json(raw, strict=True)
     except (ValidationError, RecursionError) as error:
         raise CheckpointError(f"{path}: not whole ({_in_words(error)})") from None
+    if "updates" not in manifest.counters:
+        raise CheckpointError(f"{path}: not whole (counters.updates: missing)")
     outside = [name for name in manifest.files if not _FILE.fullmatch(name)]
     if outside:
         raise CheckpointError(f"{path}: names {outside[0]!r}, which is no file of this folder; nothing of it is read")

@@ -46,8 +46,8 @@ def restore(
     mark: Callable[[], None] = lambda: None,
 ) -> Restored:
     """Bring the strategy, which is wrapped, to the first of the candidates whose content is what was written.
-    `parameters`: all that are trained. `wanted`: files of which what ranks keep for themselves is asked for. `note`
-    hears what is passed over, `mark` every few seconds that any rank has got on. Collective.
+    `parameters`: all that are trained. `wanted`: files of which what ranks keep for themselves is asked for, or a
+    CheckpointError. `note` hears what is passed over, `mark` every few seconds that any rank has got on. Collective.
 
     Raises CheckpointError with what is wrong with each where none is, and where the first that can be read is of
     another model or optimizer.
@@ -60,10 +60,7 @@ def restore(
             with contextlib.closing(reader):
                 if misfit := _misfit(reader, parameters):
                     raise CheckpointError("\n".join([*misfit, *_listed("before it, passed over:", wrong)]))
-                strategy.restore(reader.manifest.counters)
-                read = functools.partial(_read, reader, strategy.shards(), wanted(reader.manifest))
-                kept, mine = together.do(read)
-                found = _all(mine, comm)
+                kept, found = _filled(reader, strategy, wanted, comm, together)
             if not found:
                 strategy.refresh()
                 return Restored(reader.manifest, kept)
@@ -127,6 +124,18 @@ def fill(reader: Reader, shards: Iterable[Shard]) -> None:
         for shard in shards:
             for state, view in shard.views.items():
                 reader.read_into(shard.name, state, shard.start, view)
+
+
+def _filled(reader: Reader, strategy: AbstractStrategy, wanted: Callable[[Manifest], Iterable[str]],
+            comm: AbstractComm, together: _Together) -> tuple[dict[str, dict[str, bytes]], list[str]]:  # fmt: skip
+    """What ranks kept for themselves, and all that is wrong, which all ranks hear. Collective."""
+    try:
+        files = list(wanted(reader.manifest))
+    except CheckpointError as error:  # on all ranks
+        return {}, [f"{reader.folder / manifest.NAME}: {error}"]
+    strategy.restore(reader.manifest.counters)
+    kept, mine = together.do(functools.partial(_read, reader, strategy.shards(), files))
+    return kept, _all(mine, comm)
 
 
 def _read(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.checkpoint import manifest
+from dtrain.checkpoint import manifest, retention
 from dtrain.checkpoint.identity import differences, same_course
 from dtrain.checkpoint.verify import committed, quick_problems
 from dtrain.config.compose import clip, nearest
@@ -46,6 +46,7 @@ def choose(run: RunDir, config: Config, identity: Mapping[str, Any], say: Say) -
         start = _named(Path(config.resume.path), say)
         say(f"resume: starting from {start.candidates[0]}")
     else:
+        _check_allow(config.resume.allow, [*identity])
         return None
     if (why := config.strategy.unsavable()) is not None:
         raise ConfigError(f"{why}, so that it cannot go on from {start.candidates[0]}; take another strategy, or begin "
@@ -54,10 +55,16 @@ def choose(run: RunDir, config: Config, identity: Mapping[str, Any], say: Say) -
 
 
 def find(path: Path) -> list[Path]:
-    """Checkpoints that `path` names: itself, or all of a run's or of its `checkpoints` folder, newest first.
+    """Checkpoints that `path` names: itself, the one that a pointer there says, or all of a run's or of its
+    `checkpoints` folder, newest first.
 
     Raises CheckpointError where there are none.
     """
+    if path.is_file():
+        if (pointed := retention.pointed(path)) is not None:
+            return [pointed]
+        raise CheckpointError(f"{path}: a file that names no checkpoint beside it; give a checkpoint's folder or a "
+                              f"run's")  # fmt: skip
     of_checkpoint = manifest.step_of(path) is not None or (path / manifest.NAME).is_file()
     if of_checkpoint and path.is_dir() and not (path / "config.yaml").is_file():
         return [path]
@@ -96,7 +103,8 @@ def _compared(start: Start, config: Config, identity: Mapping[str, Any], say: Sa
     for folder in start.candidates:
         read = manifest.read(folder)
         assert config.train.steps is not None
-        steps = (int(read.identity.get("train.steps", config.train.steps)), config.train.steps)
+        before = read.identity.get("train.steps", config.train.steps)
+        steps = (before if isinstance(before, int) else 0, config.train.steps)
         course = same_course(config.schedule, steps, read.step)
         found = differences(read.identity, identity, same_course=course) if read.identity else []
         refused = [one for one in found if not one.allowed(config.resume.allow)]

@@ -12,6 +12,7 @@ from dtrain.checkpoint import manifest
 from dtrain.checkpoint.manifest import folder_name, step_of
 from dtrain.checkpoint.verify import committed, quick_problems
 from dtrain.config.schema import Checkpoint
+from dtrain.errors import CheckpointError
 from dtrain.failpoints import reach
 from dtrain.folders import discard
 
@@ -60,14 +61,25 @@ def pointers(root: Path) -> dict[str, str]:
     return {name: title for name, title in named.items() if title is not None}
 
 
+def pointed(path: Path) -> Path | None:
+    """The checkpoint that the pointer `path` names; None where it names none that is there."""
+    target = path.parent / (_named(path) or "")
+    return target if target.parent == path.parent and step_of(target) is not None and target.is_dir() else None
+
+
 def _named(path: Path) -> str | None:
-    """What a pointer says; None where it is none. A link to a checkpoint is one too."""
+    """What a pointer says; None where it is none. A link to a checkpoint is one too. Raises CheckpointError: what it
+    says is not to be removed.
+    """
     if path.is_symlink():
         return path.readlink().name
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        return file.read(200).decode(errors="replace").strip()
+    try:
+        with path.open("rb") as file:
+            return file.read(200).decode(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}), and it may name a checkpoint") from None
 
 
 def point(root: Path, name: str, step: int) -> None:

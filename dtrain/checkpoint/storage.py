@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -232,7 +233,7 @@ class Reader:
     def _check_whole(self) -> None:
         for name, parameter in self.manifest.parameters.items():
             for state in parameter.states:
-                end, numel = 0, int(torch.Size(parameter.shape).numel())
+                end, numel = 0, math.prod(parameter.shape)
                 for run in self._runs.get((name, state), []):
                     if run.start < end:
                         raise CheckpointError(f"{self.folder}: {state} of {name} is there twice from element "

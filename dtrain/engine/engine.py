@@ -360,14 +360,13 @@ class Engine:
         self._control.saved()
 
     def _described(self, saving: Saving) -> Manifest:
-        state, metrics = self._state, dict[str, float]()
+        state, measured = self._state, {}
+        losses = {} if state.last_loss is None else {"loss": state.last_loss}
         if state.eval_step == state.step and state.eval_loss is not None:
-            metrics = {**self._measured, "eval_loss": state.eval_loss}
-        if state.last_loss is not None:
-            metrics = {**metrics, "loss": state.last_loss}
+            losses["eval_loss"], measured = state.eval_loss, dict(self._measured)
         state = dataclasses.replace(state, consumed=self._loader.consumed(state.samples),
                                     stream=self._loader.state(state.samples))  # fmt: skip
-        return saving.describe(state, metrics)
+        return saving.describe(state, {**losses, **measured, **losses})
 
     def _keep(self, drawn: Mapping[str, bytes]) -> None:
         """Save the state that the step began with, from whatever thread; `drawn` is that of the random generators."""

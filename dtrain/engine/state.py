@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from dtrain.errors import CheckpointError
 from dtrain.failpoints import reach
+
+_Count = Annotated[int, Field(ge=0)]
 
 
 @dataclasses.dataclass(slots=True)
@@ -35,12 +41,12 @@ class Progress:
 class State:
     """What training has come to, but for tensors. The same on every rank."""
 
-    step: int = 0
+    step: _Count = 0
     """Optimizer steps done."""
-    samples: int = 0
+    samples: _Count = 0
     """Rows consumed; the place in the endless order of rows, whatever the global batch was."""
-    tokens: int = 0
-    targets: int = 0
+    tokens: _Count = 0
+    targets: _Count = 0
     first_loss: float | None = None
     last_loss: float | None = None
     recent: tuple[float, ...] = ()
@@ -62,5 +68,17 @@ class State:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> State:
+        """What a checkpoint kept; what later versions have kept besides is left out. Raises CheckpointError."""
         known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
-        return cls(**{**known, **{name: tuple(known.get(name, ())) for name in ("recent", "left_out")}})
+        if missing := {"step", "samples"} - known.keys():
+            raise CheckpointError(f"its progress lacks {' and '.join(sorted(missing))}: where it was is not known")
+        try:
+            return _adapter().validate_python(known)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise CheckpointError(f"its progress.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[State]:
+    return TypeAdapter(State)

@@ -24,13 +24,17 @@ class Named(NamedTuple):
 
 
 def named(name: Path) -> Named:
-    """Of a run by folder or name, of a folder of checkpoints, or of one itself. Raises RunError where it is none."""
+    """Of a run by folder or name, of a folder of checkpoints, or of one itself, or of a pointer to it. Raises RunError
+    where it is none.
+    """
     from dtrain.verbs.runs import find
 
     for place in (name, Path("runs") / name):
         path = Path(os.path.abspath(place))  # noqa: PTH100  a symlink stays one: its name is what the user knows
         if (path / "config.yaml").is_file():
             break  # a run, whatever its name
+        if path.is_file() and (pointed := retention.pointed(path)) is not None:
+            return Named([pointed], RunDir(path.parent.parent))
         if not path.is_dir():
             continue
         if step_of(path) is not None or (path / manifest.NAME).is_file():

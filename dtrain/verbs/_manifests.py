@@ -43,11 +43,10 @@ def in_words(folder: Path, read: Manifest, *, state: str, pointers: str) -> list
         ("progress", _listed(read.progress)),
         ("counters", _listed(read.counters)),
         ("metrics", _listed(read.metrics)),
-        ("versions", _listed(made.get("packages") or {})),
+        ("versions", _listed(_in(made, "packages"))),
     ]  # fmt: skip
-    git = made.get("git") or {}
-    if git:
-        found.append(("git", f"{git.get('commit', '')[:12]}{' with changes' if git.get('dirty') else ''}"))
+    if git := _in(made, "git"):
+        found.append(("git", f"{str(git.get('commit', ''))[:12]}{' with changes' if git.get('dirty') else ''}"))
     if not read.identity:
         return [*found, ("result by", "not known: nothing is compared when a run starts from it")]
     found.append(("result by", "what decides it; a run that differs in it is not gone on with:"))
@@ -112,6 +111,12 @@ def _short(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _in(made_by: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What is said there; nothing where it is of another kind, as in what somebody wrote by hand."""
+    said = made_by.get(key)
+    return said if isinstance(said, Mapping) else {}
 
 
 def _at(config: Mapping[str, Any], *keys: str) -> Any:

@@ -177,30 +177,40 @@ def _verify(args: argparse.Namespace) -> int:
     folders = some(args.run).folders
     if args.step is not None:
         folders = [at_step(folders, args.step)]
-    num_damaged = num_bytes = 0
+    num_damaged = num_bytes = num_read = 0
     began = time.perf_counter()
     width = max(len(folder.name) for folder in folders)
     for folder in folders:
         started = time.perf_counter()
         found = verify.problems(folder)
         took = time.perf_counter() - started
-        if found and not folder.is_dir():  # retention of a run that goes on
+        if (read_bytes := _bytes_in(folder)) is None:  # retention of a run that goes on
             print(f"{folder.name:<{width}}  removed meanwhile")
             continue
-        read_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
         num_bytes += read_bytes
+        num_read += 1
         print(f"{folder.name:<{width}}  {'damaged' if found else 'ok':<7}  {size(read_bytes)}, "
               f"{read_bytes / took / 1e9:.2f} GB/s", flush=True)  # fmt: skip
         for problem in found:
             print(f"  {problem}")
         num_damaged += bool(found)
-    if num_damaged == len(folders):
+    if num_damaged == num_read:
         print("none is whole" if len(folders) > 1 else "it is not whole")
     else:
         took = time.perf_counter() - began
-        print(f"{len(folders) - num_damaged} of {len(folders)} whole; read {size(num_bytes)} at "
+        print(f"{num_read - num_damaged} of {num_read} whole; read {size(num_bytes)} at "
               f"{num_bytes / took / 1e9:.2f} GB/s")  # fmt: skip
-    return 2 if num_damaged else 0
+    return 2 if num_damaged or not num_read else 0
+
+
+def _bytes_in(folder: Path) -> int | None:
+    """None where it is gone; 0 where it may not be looked into."""
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return 0
 
 
 def _save(args: argparse.Namespace) -> int:

@@ -47,8 +47,12 @@ def run(args: argparse.Namespace) -> int:
         raise ExportError(f"--to {args.to}: is there already; name a new folder")
     source = _of_folder(args.run) if _is_export(args.run) else _of_run(args)
     from dtrain.checkpoint.export import write_export
+    from dtrain.checkpoint.safetensors import FORMATS
 
     dtype = args.dtype or source.dtype()
+    if dtype not in FORMATS:
+        raise ExportError(f"{source.folder}: says dtype={dtype}, which is none of {', '.join(FORMATS)}; name one with "
+                          f"--dtype")  # fmt: skip
     to = args.to or source.exports / f"{source.title}-{dtype}"
     if to.exists():
         raise ExportError(f"{to}: is there already; name another folder with --to")
@@ -116,7 +120,8 @@ def _of_run(args: argparse.Namespace) -> _Source:
     from dtrain.checkpoint.export import read_checkpoint
     from dtrain.checkpoint.tuned import Parts, read_tuned
 
-    said = str((read.config.get("export") or {}).get("dtype", "fp32"))
+    how = read.config.get("export")
+    said = str(how.get("dtype", "fp32")) if isinstance(how, dict) else "fp32"
     title = f"{folder.name}-merged" if args.merge else folder.name
     if read.base is None:
         if args.merge:

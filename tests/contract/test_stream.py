@@ -12,6 +12,7 @@ from dtrain.checkpoint.manifest import folder_name
 from tests.contract.saved import rows_of, run, whole
 from tests.contract.small import Recipe, Trained, make, overrides, reference, settled, stream_in
 from tests.contract.test_equivalence import difference
+from tests.contract.test_resume import WAYS, assert_same
 from tests.processes import run_ranks
 
 # 256 texts in 4 shards are some 110 rows a pass: the run ends in its second one.
@@ -62,3 +63,16 @@ def test_it_equals_one_plain_process_and_goes_on_on_other_ranks(
         last = whole(one.last for one in ranks)
         for name, weight in plain.weights.items():
             assert difference(last["weight"][name], weight) < 1e-5, name
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero3-cpu"])
+def test_the_same_again_is_the_same_to_the_last_bit(streamed: Path, tmp_path: Path, way: str) -> None:
+    """Where adapters drop out, an objective draws numbers of its own, and evals come between."""
+    typed = overrides(streamed, Recipe(14, steps=6), *WAYS[way], "tuning=lora", "tuning.rank=3", "tuning.dropout=0.3",
+                      "eval.every_steps=1", "checkpoint.every_steps=3", "checkpoint.at_end=false")  # fmt: skip
+    go = functools.partial(run_ranks, functools.partial(run, noise=True), streamed, settled(typed), size=2)
+    through = go(tmp_path / "a", None)
+    again = go(tmp_path / "b", tmp_path / "a" / folder_name(3))
+    for one, other in zip(through, again, strict=True):
+        assert (one.losses[3:], one.norms[3:], one.ids[3:]) == (other.losses, other.norms, other.ids)
+    assert_same(whole(ran.last for ran in again), whole(ran.last for ran in through))

@@ -77,6 +77,8 @@ def test_any_byte_that_changes_is_found(tmp_path: Path) -> None:
     (lambda fields: fields["parameters"]["b"].update(shape=[1.5]), r"not whole \(parameters\.b\.shape\.0: "),
     (lambda fields: fields["parameters"]["b"].pop("export"), r"not whole \(parameters\.b\.export: "),
     (lambda fields: fields["metrics"].update(loss="low"), r"not whole \(metrics\.loss: "),
+    (lambda fields: fields.update(counters={}), r"not whole \(counters\.updates: missing"),
+    (lambda fields: fields["counters"].update(updates=-1), r"not whole \(counters\.updates: "),
     (lambda fields: fields["files"].update({"../x": {"bytes": 3, "xxh3": ""}}), r"names '\.\./x', which is no file of this folder"),
     (lambda fields: fields["files"].update({"a/b": {"bytes": 3, "xxh3": ""}}), r"names 'a/b', which is no file"),
     (lambda fields: fields["files"].update({".x": {"bytes": 3, "xxh3": ""}}), r"names '\.x', which is no file"),

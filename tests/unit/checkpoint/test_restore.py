@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.checkpoint.manifest import File, Parameter
+from dtrain.checkpoint.manifest import File, Manifest, Parameter
 from dtrain.checkpoint.restore import restore, share
 from dtrain.checkpoint.storage import file_name
 from dtrain.errors import CheckpointError
@@ -39,11 +39,12 @@ def test_every_file_is_proven_once_and_by_its_rank_where_there_are_as_many() -> 
                 assert [[*one] for one in shares] == [[name] for name in files]
 
 
-def _refused(folders: list[Path], parameters: dict[str, Parameter]) -> tuple[str, list[str]]:
+def _refused(folders: list[Path], parameters: dict[str, Parameter],
+             wanted: Callable[[Manifest], list[str]] = lambda read: []) -> tuple[str, list[str]]:  # fmt: skip
     said: list[str] = []
     nothing: Any = None  # is asked of the strategy before that
     with pytest.raises(CheckpointError) as raised:
-        restore(folders, nothing, parameters, lambda read: [], Solo(), said.append)
+        restore(folders, nothing, parameters, wanted, Solo(), said.append)
     return str(raised.value), said
 
 
@@ -60,6 +61,17 @@ def test_all_that_does_not_fit_is_told(tmp_path: Path) -> None:
         "  d: of shape none in the checkpoint, (1,) here",
         "  c: in the checkpoint, not in the model",
     ]
+
+
+def test_what_says_too_little_of_where_it_was_is_passed_over(tmp_path: Path) -> None:
+    folders = [write(tmp_path, step, tensors({"a": (4,)})) for step in (4, 2)]
+
+    def wanted(read: Manifest) -> list[str]:
+        raise CheckpointError("its progress lacks samples")
+
+    text, said = _refused(folders, {"a": Parameter((4,), STATES, "a")}, wanted)
+    assert text.splitlines()[1:] == [f"  {folder}/manifest.json: its progress lacks samples" for folder in folders]
+    assert len(said) == 2
 
 
 def test_state_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ def test_nothing_to_go_on_from(run: RunDir, heard: _Ear) -> None:
     assert heard == []
 
 
+def test_a_name_in_allow_is_looked_at_where_there_is_nothing_to_go_on_from(run: RunDir, heard: _Ear) -> None:
+    assert choose(run, _config("resume.allow=[optim,data,optim.lr]"), OURS, heard) is None
+    with pytest.raises(ConfigError, match=r"resume\.allow=optm: not one of the keys that decide the result; did you"):
+        choose(run, _config("resume.allow=[optm]"), OURS, heard)
+
+
 def test_the_newest_first(run: RunDir, heard: _Ear) -> None:
     folders = _make(run, 5, 20, 10)
     assert choose(run, _config(), OURS, heard) == Start((folders[1], folders[2], folders[0]), 20)
@@ -103,6 +109,14 @@ def test_what_a_path_names(run: RunDir, tmp_path: Path, monkeypatch: pytest.Monk
     assert find(run.path) == [new, old]
     assert find(run.checkpoints) == [new, old]
     assert find(old) == [old]
+    (run.checkpoints / "mine").write_text(f"{old.name}\n")
+    (run.checkpoints / "link").symlink_to(old.name)
+    assert find(run.checkpoints / "mine") == [old]
+    assert find(run.checkpoints / "link") == [run.checkpoints / "link"]
+    for text in ("", "step-00000099", f"../checkpoints/{old.name}", "\0"):
+        (run.checkpoints / "mine").write_text(text)
+        with pytest.raises(CheckpointError, match="mine: a file that names no checkpoint beside it"):
+            find(run.checkpoints / "mine")
     copy = old.rename(tmp_path / "kept")
     assert find(copy) == [copy]
     (new / "manifest.json").unlink()
@@ -117,6 +131,13 @@ def test_a_named_one_that_is_not_whole(run: RunDir, tmp_path: Path, heard: _Ear)
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=rf"resume\.path={folder}: not whole[^\n]*\n.*manifest\.json: missing"):
         choose(run, _config(f"resume={folder}"), OURS, heard)
+
+
+@pytest.mark.parametrize("steps", ["x", None, [1], 1.5])
+def test_a_number_of_steps_that_is_none_is_a_difference(run: RunDir, heard: _Ear, steps: Any) -> None:
+    _make(run, 10, **{"train.steps": steps})
+    with pytest.raises(ConfigError, match=re.escape(f"train.steps: was {steps}, is 100")):
+        choose(run, _config("schedule=cosine"), OURS, heard)
 
 
 def test_differences_are_refused_and_the_words_to_allow_them_work(run: RunDir, heard: _Ear) -> None:

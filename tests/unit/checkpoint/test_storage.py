@@ -220,6 +220,14 @@ def test_a_piece_that_is_missing_or_there_twice(tmp_path: Path, ranks: list[int]
         Reader(*_made_of(tmp_path, of, [whole[rank] for rank in ranks]))
 
 
+def test_a_parameter_of_a_size_that_no_memory_has(tmp_path: Path) -> None:
+    of = tensors({"a": (4,)})
+    folder, said = _made_of(tmp_path, of, shards(of, []))
+    huge = {"b": manifest.Parameter((10**12, 10**12), ("weight",), "b")}
+    with pytest.raises(CheckpointError, match="weight of b is not whole: element 0 of its 1,000,000,000,000,000,000,"):
+        Reader(folder, dataclasses.replace(said, parameters={**said.parameters, **huge}))
+
+
 def test_pieces_that_overlap(tmp_path: Path) -> None:
     of = tensors({"a": (20,)})
     with pytest.raises(CheckpointError, match="weight of a is there twice from element 8 on"):

@@ -168,6 +168,7 @@ def test_show_of_a_step_a_pointer_or_a_folder(run: RunDir, said: _Said) -> None:
         text = said("show", *argv)
         assert f"checkpoint    {_folder(run, 20)}\n" in text
         assert "pointers      best\n" in text
+    assert f"checkpoint    {_folder(run, 20)}\n" in said("show", str(run.checkpoints / "best"))
     assert "--step 25: no such checkpoint" in (text := said("show", "mine", "--step", "25", code=2))
     assert "there are: 10, 20, 30, 40, 50; and pointers: best" in text
     assert json.loads(said("show", "mine", "--step", "20", "--json"))["step"] == 20
@@ -190,6 +191,24 @@ def test_verify(run: RunDir, said: _Said) -> None:
     assert [line.split()[:2] for line in lines[:5]] == [[f"step-{step:08d}", "ok"] for step in (50, 40, 30, 20, 10)]
     assert all(line.endswith("GB/s") for line in lines)
     assert lines[5].startswith("5 of 5 whole; read ")
+
+
+def test_what_is_removed_while_it_is_verified_is_no_damage(run: RunDir, said: _Said, monkeypatch) -> None:
+    """As by the retention of a run that goes on, before or after a checkpoint was read."""
+    real = verify.problems
+
+    def look(folder: Path) -> list[str]:
+        if folder == _folder(run, 10):
+            shutil.rmtree(folder)
+        found = real(folder)
+        if folder == _folder(run, 20):
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(verify, "problems", look)
+    lines = said("verify", "mine").splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines[3:5]] == ["removed meanwhile"] * 2
+    assert lines[5].startswith("3 of 3 whole; read ")
 
 
 def test_verify_names_the_file(run: RunDir, said: _Said) -> None:
