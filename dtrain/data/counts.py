@@ -9,10 +9,13 @@ READ = "read"
 HELD_OUT = "held out for eval"
 """Of a stream, which leaves these out as it comes to them."""
 CUT_OFF, CUT_OFF_LEARNED = "tokens cut off", "of these to be learned"
+PLACEHOLDER = "with {{%s}}"
+"""A name in double braces, as of a template that nobody has filled in."""
 
 _SOURCES = 8
 """Up to which all are told of; of more those that lost something, where the places do not name all of it."""
 _WITHOUT_PLACE = (READ, HELD_OUT, CUT_OFF, CUT_OFF_LEARNED)
+_PLACEHOLDERS = PLACEHOLDER.partition("%")[0]
 
 
 @dataclasses.dataclass(slots=True)
@@ -21,6 +24,7 @@ class Counts:
 
     kept_sources: ClassVar[int] = 1000
     kept_places: ClassVar[int] = 5
+    kept_placeholders: ClassVar[int] = 8
     others: ClassVar[str] = "(others)"
 
     reasons: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -33,6 +37,7 @@ class Counts:
 
     def add(self, reason: str, source: str, num: int = 1) -> None:
         """`source` is an example's: `file:line`, `file:row N` or `file:byte N`."""
+        reason = self._kept(reason)
         name, _, place = source.rpartition(":")
         numbered = place.removeprefix("row ").removeprefix("byte ").isdigit()
         self._count(reason, name if numbered else source, num)
@@ -44,9 +49,9 @@ class Counts:
         """Add what was counted after this."""
         for source, reasons in later.sources.items():
             for reason, num in reasons.items():
-                self._count(reason, source, num)
+                self._count(self._kept(reason), source, num)
         for reason, found in later.places.items():
-            places = self.places.setdefault(reason, [])
+            places = self.places.setdefault(self._kept(reason), [])
             places += found[: self.kept_places - len(places)]
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +73,16 @@ class Counts:
                 found.append(f"  {reason}: first at {', '.join(places[:3])}")
             else:
                 found.append(f"  {reason}: at {', '.join(places)}")
+        if any(reason.startswith(_PLACEHOLDERS) for reason in self.reasons):
+            found.append("  names in double braces are taken as they stand: fill them in where that is not meant")
         return found
+
+    def _kept(self, reason: str) -> str:
+        """The reason that it is counted as: of placeholders only so many by name."""
+        if reason in self.reasons or not reason.startswith(_PLACEHOLDERS):
+            return reason
+        num = sum(one.startswith(_PLACEHOLDERS) for one in self.reasons)
+        return reason if num < self.kept_placeholders else PLACEHOLDER % "..."
 
     def _count(self, reason: str, source: str, num: int) -> None:
         self.reasons[reason] = self.reasons.get(reason, 0) + num
@@ -79,8 +93,8 @@ class Counts:
 
 
 def _lost(reasons: dict[str, int]) -> int:
-    """How many were left out or cut off, rather than only read, held out or split."""
-    kept = (*_WITHOUT_PLACE, "split")
+    """How many were left out or cut off, rather than only read, held out, split or looked at."""
+    kept = (*_WITHOUT_PLACE, _PLACEHOLDERS, "split")
     return sum(num for reason, num in reasons.items() if not reason.startswith(kept))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from dtrain.config.spec import ObjectiveSpec, OnLong
-from dtrain.data.counts import CUT_OFF, CUT_OFF_LEARNED, READ, Counts
+from dtrain.data.counts import CUT_OFF, CUT_OFF_LEARNED, PLACEHOLDER, READ, Counts
 from dtrain.data.documents import Documents, coded
 from dtrain.data.rows import Row
 from dtrain.data.tokenizer import TextTokenizer
@@ -37,6 +38,8 @@ SMALL_CHARS = 1_000_000
 MOST_PROCESSES = 16
 """Each has a tokenizer of its own in memory, and one process reads for all."""
 _SKIPPED, _LEFT_OUT = "skipped: {}", "bad, left out: {}"
+_PLACEHOLDER = re.compile(r"(?<![A-Za-z0-9$^_{\\])\{\{ ?([^\W\d][\w.-]{0,40}) ?\}\}(?!\})")
+"""Not what GitHub's workflows and formulas of TeX have in double braces."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class Encoder:
                 continue
             example = next(following)
             done.counts.add(READ, example.source)
-            done.num_bytes += sum(len(text.encode()) for text in example.texts())
+            done.look_at(example)
             try:
                 row = next(together, None) or self.objective.encode(example, tokenizer)
                 if self.objective.learns_tokens and not row.targets.any():
@@ -115,6 +118,16 @@ class Encoded:
     counts: Counts = dataclasses.field(default_factory=Counts)
     bad: list[tuple[Skipped, str]] = dataclasses.field(default_factory=list)
     """Rows that cannot be used, and what is said of them."""
+
+    def look_at(self, example: Example) -> None:
+        """At its text, whatever becomes of it."""
+        names: set[str] = set()
+        for text in example.texts():
+            self.num_bytes += len(text.encode())
+            if "{{" in text:
+                names.update(_PLACEHOLDER.findall(text))
+        for name in sorted(names):
+            self.counts.add(PLACEHOLDER % name, example.source)
 
     def skip(self, example: Skipped) -> None:
         self.counts.add((_LEFT_OUT if example.bad else _SKIPPED).format(example.reason), example.source)
@@ -216,7 +229,12 @@ def _encoded(chunks: Iterator[list[Example]], encoder: Encoder, tokenizer: TextT
         return
     # Fresh processes: forks of this one would have its locks, and its tokenizer's threads would be missing.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_processes, context, initializer=_begin, initargs=(encoder,))
+    try:
+        pool = ProcessPoolExecutor(num_processes, context, initializer=_begin, initargs=(encoder,))
+    except OSError as error:  # their semaphores are files there
+        raise DataError(f"dataset: no processes that tokenise can be started: {error.strerror}; look at /dev/shm (df "
+                        f"/dev/shm; a container's --shm-size), or do with one process, as in taskset -c 0 "
+                        f"dtrain") from error  # fmt: skip
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in chain(head, [further], chunks):

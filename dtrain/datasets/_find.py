@@ -124,7 +124,9 @@ def _saved(name: str, folder: Path) -> str:
 
 
 def _unknown(name: str, files: Sequence[Path]) -> str:
-    endings = ", ".join(sorted({"".join(file.suffixes[-2:]) or file.name for file in files})[:6]) or "no file at all"
+    if not files:
+        return f"dataset.path={name}: a folder in which there is no file; name another, or put the files there"
+    endings = ", ".join(sorted({"".join(file.suffixes[-2:]) or file.name for file in files})[:6])
     return (f"dataset.path={name}: no ending there tells a format (there is {endings}; known are "
             f"{', '.join(FORMATS)}, and these with {', '.join(PACKED)}); name it, as in dataset.format=jsonl or "
             f"dataset.format=text")  # fmt: skip

@@ -107,7 +107,7 @@ def _asked(question: str, answer: str) -> Callable[[Reading, str, Mapping[str, A
 def _classification(reading: Reading, source: str, row: Mapping[str, Any]) -> Example:
     label = reading.get(row, "label")
     if not isinstance(label, str | int):
-        raise BadRowError(f"{reading.name('label')} is {kind(label)} instead of a label")
+        raise BadRowError(f"{reading.name('label')} is {kind(label)} instead of a label: a string or a whole number")
     label = filled(str(label), reading.name("label"))
     if reading.labels and label not in reading.labels:
         raise BadRowError(f"a label that is not in dataset.labels: `{label}`; there are {listed(reading.labels)}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dtrain.config.compose import nearest
-from dtrain.datasets._values import listed
+from dtrain.datasets._values import kind, kinds, listed
 from dtrain.errors import DataError
 
 Shape = Literal[
@@ -49,12 +49,12 @@ class Form:
     needs: tuple[tuple[str, ...], ...]
     """One part of each."""
     may: tuple[str, ...] = ()
-    fits: Callable[[Mapping[str, frozenset[type]]], bool] = lambda types: True
-    """Whether the types of the parts are those of this form."""
+    types: Mapping[str, tuple[type, ...]] = dataclasses.field(default_factory=dict)
+    """Of a part, the types of values, one of which some rows are to have."""
 
-
-def _strings(*parts: str) -> Callable[[Mapping[str, frozenset[type]]], bool]:
-    return lambda types: all(str in types.get(part, {str}) for part in parts)
+    def unfit(self, types: Mapping[str, frozenset[type]]) -> list[str]:
+        """The parts whose values are of no such type."""
+        return [part for part, one_of in self.types.items() if part in types and not types[part] & set(one_of)]
 
 
 _SIDES = ("system", "tools")
@@ -62,19 +62,18 @@ _ASKED = ("prompt", "question", "messages")
 FORMS = (
     Form("preference", "as pairs of replies", (("chosen",), ("rejected",)), (*_ASKED, "input", "history", *_SIDES)),
     Form("kto", "as replies with a verdict", (("completion", "messages", "answer"), ("label",)),
-         ("prompt", "question", "input", "history", *_SIDES), lambda types: bool in types["label"]),
-    Form("messages", "as conversations", (("messages",),), _SIDES, lambda types: bool(types["messages"] & {list, str})),
+         ("prompt", "question", "input", "history", *_SIDES), {"label": (bool,)}),
+    Form("messages", "as conversations", (("messages",),), _SIDES, {"messages": (list, str)}),
     Form("alpaca", "as conversations", (("instruction",), ("output",)), ("input", "history", *_SIDES),
-         _strings("instruction", "output")),
+         {"instruction": (str,), "output": (str,)}),
     Form("completion", "as prompts and completions", (("prompt",), ("completion",)), (),
-         _strings("prompt", "completion")),
-    Form("completion", "as conversations", (("prompt",), ("completion",)), _SIDES,
-         lambda types: bool(types["completion"] & {list, dict})),
+         {"prompt": (str,), "completion": (str,)}),
+    Form("completion", "as conversations", (("prompt",), ("completion",)), _SIDES, {"completion": (list, dict)}),
     Form("qa", "as conversations", (("question",), ("answer",)), ("input", "history", *_SIDES),
-         _strings("question", "answer")),
+         {"question": (str,), "answer": (str,)}),
     Form("classification", "as labelled texts", (("text",), ("label",)), (),
-         lambda types: str in types["text"] and bool(types["label"] & {str, int, bool})),
-    Form("text", "as texts", (("text",),), (), _strings("text")),
+         {"text": (str,), "label": (str, int, bool)}),
+    Form("text", "as texts", (("text",),), (), {"text": (str,)}),
 )  # fmt: skip
 """In the order in which they are tried."""
 _SAME = {"sharegpt": "messages"}
@@ -88,6 +87,8 @@ class Layout:
     needed: tuple[str, ...]
     """The columns that each row must have."""
     unused: tuple[str, ...]
+    instead: str = ""
+    """Why they are no rows of a shape that would use more of the columns."""
 
     @property
     def text(self) -> str:
@@ -96,8 +97,11 @@ class Layout:
                          for part in PARTS if part in self.columns)  # fmt: skip
 
 
-def look(rows: Sequence[Mapping[str, Any]], shape: Shape, columns: Mapping[str, str]) -> Layout:
-    """Raises DataError where no shape fits, or what was said of the columns cannot be."""
+def look(first: Sequence[tuple[str, Mapping[str, Any]]], shape: Shape, columns: Mapping[str, str]) -> Layout:
+    """`first`: source and values of some rows. Raises DataError where no shape fits, or what was said of the columns
+    cannot be.
+    """
+    rows = [row for _, row in first]
     seen = _seen(rows)
     problems = _wrong_columns(seen, columns)
     if problems:
@@ -105,21 +109,25 @@ def look(rows: Sequence[Mapping[str, Any]], shape: Shape, columns: Mapping[str, 
     mapped = {part: name for part, name in columns.items() if part in PARTS}
     forms = [form for form in FORMS if shape in ("auto", form.name) or _SAME.get(shape) == form.name]
     found = [layout for form in forms if (layout := _match(form, seen, mapped)) and set(mapped) <= set(layout.columns)]
-    fitting = [layout for layout in found if layout.form.fits({part: seen[name]
-               for part, name in layout.columns.items()})]  # fmt: skip
+    fitting = [layout for layout in found if not _unfit(layout, seen)]
     if fitting:
         nums = [_rows_of(layout, rows) for layout in fitting]
         # The first that is of about as many rows as any: a row without its label is a bad row, and no reason to read
         # the others without theirs.
-        return next(layout for layout, num in zip(fitting, nums, strict=True) if 2 * num >= max(nums))
+        taken = next(layout for layout, num in zip(fitting, nums, strict=True) if 2 * num >= max(nums))
+        return dataclasses.replace(taken, instead=_instead(taken, found[: found.index(taken)], seen))
     if shape != "auto":
         if found:  # it was said, so each row is told what is wrong with it
             return found[0]
         raise DataError(_lacking(forms[0], shape, seen, mapped))
     if len(seen) == 1 and not mapped and set(seen.values()) == {frozenset({str})}:
         return Layout(FORMS[-1], {"text": next(iter(seen))}, tuple(seen), ())
-    raise DataError(f"dataset: no known columns: the rows have {listed(seen)}; say which column is what, as in "
-                    f"dataset.columns.question=COLUMN dataset.columns.answer=COLUMN; parts of a row are "
+    if found:
+        raise DataError(_of_other_types(min(found, key=lambda layout: len(_unfit(layout, seen))), seen, first))
+    empty = [name for name, types in seen.items() if not types]
+    nothing = f"; null in all {len(first):,} rows looked at: {listed(empty)}" if empty else ""
+    raise DataError(f"dataset: no known columns: the rows have {listed(seen)}{nothing}; say which column is what, as "
+                    f"in dataset.columns.question=COLUMN dataset.columns.answer=COLUMN; parts of a row are "
                     f"{', '.join(PARTS)}")  # fmt: skip
 
 
@@ -131,6 +139,32 @@ def _seen(rows: Sequence[Mapping[str, Any]]) -> Seen:
             if value is not None:
                 types.add(type(value))
     return {name: frozenset(types) for name, types in seen.items()}
+
+
+def _unfit(layout: Layout, seen: Seen) -> list[str]:
+    return layout.form.unfit({part: seen[name] for part, name in layout.columns.items()})
+
+
+def _instead(taken: Layout, before: Sequence[Layout], seen: Seen) -> str:
+    for layout in before:
+        part = next((part for part in _unfit(layout, seen) if layout.columns[part] in taken.unused), None)
+        if part is not None:
+            name, wanted = layout.columns[part], kinds(layout.form.types[part])
+            return (f"no {layout.form.name} rows, since `{name}` is {kinds(seen[name])} instead of {wanted}; "
+                    f"dataset.shape={layout.form.name} where it is meant so")  # fmt: skip
+    return ""
+
+
+def _of_other_types(layout: Layout, seen: Seen, first: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The columns are those of a shape, but not what is in them."""
+    part = _unfit(layout, seen)[0]
+    name, wanted = layout.columns[part], kinds(layout.form.types[part])
+    source, value = next(
+        ((source, row[name]) for source, row in first if row.get(name) is not None), (first[0][0], None)
+    )
+    return (f"dataset: {source}: `{name}` is {kind(value)} instead of {wanted}, and none of the {len(first):,} rows "
+            f"looked at has {wanted} there; they look like {layout.form.name} rows ({layout.text}): convert that "
+            f"column, or say which is what, as in dataset.columns.{part}=COLUMN; there are {listed(seen)}")  # fmt: skip
 
 
 def _rows_of(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> int:

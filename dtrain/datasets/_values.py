@@ -8,11 +8,20 @@ from typing import Any
 
 from dtrain.datasets.badrows import BadRowError
 
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null", int: "a number",
+          float: "a number"}  # fmt: skip
+
 
 def kind(value: Any) -> str:
     """In words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+    number = isinstance(value, int | float)  # also one of numpy's
+    return _KINDS.get(type(value)) or (_KINDS[int] if number else f"a {type(value).__name__}")
+
+
+def kinds(types: Iterable[type]) -> str:
+    """In words, of which one may be; null where there are none."""
+    exact = {**_KINDS, int: "a whole number", float: "a decimal number"}
+    return " or ".join(exact.get(one, f"a {one.__name__}") for one in types) or _KINDS[type(None)]
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -133,16 +133,16 @@ class AbstractTable(AbstractRows):
 
     def _look(self) -> tuple[Reading, Sequence[Mapping[str, Any]]] | None:
         """How to read the rows, and the first of them; None where there is none. Raises DataError."""
-        first: list[dict[str, Any]] = []
-        for number, (_, row) in enumerate(self.rows(), start=1):
+        first: list[tuple[str, dict[str, Any]]] = []
+        for number, (source, row) in enumerate(self.rows(), start=1):
             if isinstance(row, dict):
-                first.append(row)
+                first.append((source, row))
             if first and number >= LOOKED_AT:
                 break
         if not first:
             return None
         names = Names(dict(self._roles()), self.columns.get("role"), self.columns.get("content"))
-        return Reading(look(first, self.shape, self.columns), names, self.labels), first
+        return Reading(look(first, self.shape, self.columns), names, self.labels), [row for _, row in first]
 
 
 def _words(reading: Reading, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -154,6 +154,8 @@ def _words(reading: Reading, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{name or layout.form.name} rows ({layout.text}) {layout.form.words}"]
     if layout.unused:
         lines[0] += f"; columns not used: {', '.join(layout.unused)}"
+    if layout.instead:
+        lines.append(layout.instead)
     roles = dict.fromkeys(str(names.role_of(message)) for message in messages)
     renamed = [f"{role} as {as_what}" for role in roles if (as_what := _known(names, role)) not in (role, None)]
     if renamed:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
 from dtrain.cli import run
+from dtrain.data import encode
 from tests.e2e.command import SMALL, write_texts
 
 GOOD = 60
@@ -28,6 +33,57 @@ CORRUPT = {
     "CRLF and blank lines": (b'\r\n{"text": "one more row of text"}\r\n\r\n', ""),
 }
 TYPED = [*SMALL, "dataset.path=rows.jsonl", "dataset.max_row_bytes=2000", "train.steps=2", "launcher.procs=1"]
+
+
+def _kill_one(ended: threading.Event) -> None:
+    """Of the processes that this one starts from now on the first that has something to do."""
+    import psutil
+
+    this = psutil.Process()
+    before = {child.pid for child in this.children()}
+    while not ended.wait(0.01):
+        for child in this.children():
+            with contextlib.suppress(psutil.Error):
+                if child.pid not in before and child.cpu_times().user > 0.2:
+                    child.kill()
+                    return
+
+
+@pytest.mark.slow
+def test_a_process_that_tokenises_is_killed(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by a system that is short of memory: nothing is started, nothing is left, and it is told."""
+    monkeypatch.setattr(encode, "num_cores", lambda: 2)
+    rows.write_bytes(b"".join(b'{"text": "%d %s"}\n' % (i, b"the cat sat " * 100) for i in range(2000)))
+    ended = threading.Event()
+    killer = threading.Thread(target=_kill_one, args=[ended])
+    killer.start()
+    try:
+        assert run(["launch", *TYPED]) == 2
+    finally:
+        ended.set()
+        killer.join()
+    said = capsys.readouterr().err
+    assert "dataset: a process that tokenises was ended from outside, as happens where memory runs out; " in said
+    assert not list(Path("runs").glob("[!.]*"))
+    assert not list(Path("runs/.cache").glob("data-*")) + list(Path("runs/.cache").glob(".tmp*"))
+
+
+def test_no_room_for_processes_that_tokenise(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel's word, where /dev/shm is full: it is not the disk of the cache."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(encode, "num_cores", lambda: 2)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", full)
+    rows.write_bytes(b"".join(b'{"text": "%d %s"}\n' % (i, b"the cat sat " * 100) for i in range(1000)))
+    assert run(["data", "build", *TYPED]) == 2
+    said = capsys.readouterr().err
+    assert "no processes that tokenise can be started: No space left on device; look at /dev/shm" in said
 
 
 @pytest.fixture

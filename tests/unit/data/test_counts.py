@@ -31,3 +31,16 @@ def test_of_many_those_that_lost_more_than_the_places_name() -> None:
         "  4.txt: 1 read, 1 split at 64 tokens, 4 skipped: too odd",
         "  3.txt: 1 read, 1 split at 64 tokens, 2 skipped: too odd",
     ]  # fmt: skip
+
+
+def test_of_placeholders_so_many_are_told_by_name() -> None:
+    """Whoever counted them first."""
+    first, later = Counts(), Counts()
+    for i in range(12):
+        first.add(f"with {{{{a{i}}}}}", f"a.txt:{i}")
+        later.add(f"with {{{{b{i}}}}}", f"b.txt:{i}")
+    first.update(later)
+    assert first.reasons == {**{f"with {{{{a{i}}}}}": 1 for i in range(8)}, "with {{...}}": 16}
+    assert first.places["with {{...}}"] == [f"a.txt:{i}" for i in range(8, 12)] + ["b.txt:0"]
+    assert sum(num for reasons in first.sources.values() for num in reasons.values()) == 24
+    assert first.lines()[-1].startswith("  names in double braces are taken as they stand: ")

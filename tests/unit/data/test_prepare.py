@@ -125,6 +125,22 @@ def test_a_long_chat_is_truncated_and_left_out_where_nothing_is_learned(tmp_path
     assert prepared.counts["truncated to 64 tokens"] == prepared.counts["left out: no token to learn"] == 1
 
 
+def test_what_nobody_has_filled_in_is_counted(tmp_path):
+    """A name in double braces, and not what workflows and formulas have there."""
+    rows = chats(4)
+    rows[1]["messages"][1]["content"] = "I am {{name}}, made by {{ author }}; {{name}}."
+    rows[2]["messages"][0]["content"] = "你好{{name}}"
+    rows[3]["messages"][1]["content"] = "${{ secrets.KEY }} x^{{a}} \\frac{{b}}{c} {{{d}}} {{1}} {{ e f }} {{% if g %}}"
+    path = write(tmp_path / "a.jsonl", rows)
+    prepared = make(path, tmp_path / "cache", max_length=128)
+    assert prepared.counts == {"read": 4, "with {{author}}": 1, "with {{name}}": 2}
+    assert prepared.lines()[-3:] == [
+        f"data:   with {{{{author}}}}: at {path}:2",
+        f"data:   with {{{{name}}}}: at {path}:2, {path}:3",
+        "data:   names in double braces are taken as they stand: fill them in where that is not meant",
+    ]
+
+
 def test_nothing_left(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "the cat " * 99}, {"role": "assistant", "content": "a"}]}]
     path = write(tmp_path / "a.jsonl", rows)

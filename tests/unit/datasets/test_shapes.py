@@ -332,6 +332,42 @@ def test_what_cannot_be_found_is_named(tmp_path, values, said):
         assert said in str(caught.value)
 
 
+OTHER_TYPES = [
+    ({"text": 3}, "`text` is a number instead of a string, and none of the 2 rows looked at has a string there; they look like text rows (text): convert that column, or say which is what, as in dataset.columns.text=COLUMN; there are `text`"),
+    ({"messages": True}, "`messages` is a boolean instead of a list or a string, "),
+    ({"question": "a", "answer": {"b": 1}}, "`answer` is an object instead of a string, "),
+    ({"text": "a", "label": None, "x": 1}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), OTHER_TYPES)
+def test_a_column_that_holds_something_else(tmp_path, row, said):
+    path = write(tmp_path, row, row)
+    if said is None:
+        assert read(path)[0][1] == "text rows (text) as texts; columns not used: label, x"
+        return
+    with pytest.raises(DataError) as caught:
+        Files(path=str(path)).notes()
+    assert str(caught.value).startswith(f"dataset: {path}:1: {said}")
+
+
+INSTEAD = [
+    ({"prompt": "a", "completion": "b", "label": 1}, "no kto rows, since `label` is a whole number instead of a boolean; dataset.shape=kto where it is meant so"),
+    ({"text": "a", "label": 0.5}, "no classification rows, since `label` is a decimal number instead of a string or a whole number or a boolean; dataset.shape=classification where it is meant so"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), INSTEAD)
+def test_a_label_that_is_left_unused_is_told(tmp_path, row, said):
+    """Replies judged by 1 and 0 are all learned else, the bad ones too."""
+    assert read(write(tmp_path, row, row))[0][-1] == said
+
+
+def test_columns_that_hold_nothing_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"the rows have `text`, `x`; null in all 2 rows looked at: `text`; say which"):
+        Files(path=str(write(tmp_path, {"text": None, "x": 1}, {"text": None, "x": 1}))).notes()
+
+
 def test_a_part_that_there_is_not_is_told_before_anything_is_read():
     (said,) = Files(path=str(HERE / "text.jsonl"), columns={"txt": "text"}).problems()
     assert said.startswith("dataset.columns.txt: no part of a row; there are: text, ")
