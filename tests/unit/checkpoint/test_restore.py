@@ -99,7 +99,7 @@ def test_each_that_cannot_be_read_is_told_and_how_much_more_is_wrong(tmp_path: P
     assert all(line.count("its content differs") == 3 and line.endswith("; and 2 more") for line in said)
 
 
-PIECES, ROUND_S, LIMIT_S = 25, 0.1, 2.0
+PIECES, ROUND_S, LIMIT_S = 50, 0.1, 4.0
 """Of a file, each of which takes a slow disk as long as there is between two rounds; and how long a wait may last."""
 
 
