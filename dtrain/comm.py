@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import copy
 import datetime
+import traceback
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
 
 import torch
 import torch.distributed as dist
 
-from dtrain.errors import DtrainError
+from dtrain.errors import DivergedError, DtrainError
 
 if TYPE_CHECKING:
     from dtrain.plan.world import World
 
 
+_LEAST = 16
+"""Numbers of each reduction, at least: where ranks come with different sizes gloo ends the process."""
+_LENGTHS, _STEPS = 2**6, 2**9
+"""Lengths, and steps, that are told apart; so few that a sum of squares is a whole number that fp64 has."""
+_WORDS, _SHOWN = 256, 4
 LONG = datetime.timedelta(days=1)
 """For writing to a disk that may be slow: a rank that is gone ends the run by other ways."""
 
@@ -30,8 +37,10 @@ class AbstractComm(ABC):
     """Where this rank computes."""
 
     @abstractmethod
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Element by element over all ranks, in fp64. Collective."""
+    def sum(self, values: Sequence[float], *, step: int | None = None) -> list[float]:
+        """Element by element over all ranks, in fp64. Collective. Raises DivergedError on all of them where they are
+        not at the same `step`.
+        """
 
     @abstractmethod
     def max(self, values: Sequence[float]) -> list[float]:
@@ -88,16 +97,44 @@ class TorchComm(AbstractComm):
         made._group = dist.new_group(backend="gloo", timeout=LONG)
         return made
 
-    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=op, group=self._group)
-        return tensor.tolist()
+    def _reduce(self, values: Sequence[float], *, sums: bool, step: int | None = None) -> list[float]:
+        """Raises DivergedError on every rank where one is elsewhere: what it says would be taken for something else."""
+        mark = 1 + sums + 2 * (len(values) % _LENGTHS + _LENGTHS * ((step or 0) % _STEPS))
+        # What only marks that are all the same come to: their squares in a sum, the largest and the least of them.
+        head = [mark, mark**2 if sums else -mark]
+        rest = max(0, _LEAST - len(head) - len(values))
+        tensor = torch.tensor([*head, *values, *[0.0] * rest], dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if sums else dist.ReduceOp.MAX, group=self._group)
+        first, second, *found = tensor.tolist()
+        if (self.size * int(second) != int(first) ** 2) if sums else (first, second) != (mark, -mark):
+            raise DivergedError(self._where(step))
+        return found[: len(values)]
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.SUM)
+    def _where(self, step: int | None) -> str:
+        """Which ranks are elsewhere than most. Collective, whatever they were about."""
+        names = [
+            frame.f_code.co_name for frame, _ in traceback.walk_stack(None) if frame.f_code.co_filename != __file__
+        ]
+        words = " < ".join(names[:2]) + (f" at step {step}" if step is not None else "")
+        mine = torch.zeros(_WORDS, dtype=torch.uint8)
+        raw = words.encode()[:_WORDS]
+        mine[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self._group)
+        said = [bytes(part.tolist()).rstrip(b"\0").decode(errors="replace") for part in parts]
+        ((usual, times), *_) = Counter(said).most_common()
+        most = times * 2 > len(said)
+        odd = [f"rank {rank} in {one}" for rank, one in enumerate(said) if not most or one != usual]
+        return (f"ranks are not at the same place: {', '.join(odd[:_SHOWN])}"
+                f"{f' and {len(odd) - _SHOWN} more' * (len(odd) > _SHOWN)}{f'; the others in {usual}' * most}. A step, "
+                f"or a part of one, was left out there or done twice, as where code of your own has caught an error. "
+                f"The same command goes on from the newest checkpoint")  # fmt: skip
+
+    def sum(self, values: Sequence[float], *, step: int | None = None) -> list[float]:
+        return self._reduce(values, sums=True, step=step)
 
     def max(self, values: Sequence[float]) -> list[float]:
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return self._reduce(values, sums=False)
 
     def gather(self, value: str) -> list[str]:
         raw = value.encode()

@@ -218,7 +218,7 @@ class Engine:
             alongside.begin(state.step + 1, course.steps)
         try:
             result = train_step(
-                batches, self._strategy, self._forward, self._comm, lr=lr, before=self._before,
+                batches, self._strategy, self._forward, self._comm, step=state.step, lr=lr, before=self._before,
                 updating=self._rescue.updating, limit=self._limit(), term=alongside.term if alongside else None,
             )  # fmt: skip
             if alongside and alongside.after(state.step + 1, course.steps, self._strategy.shards, self._comm):

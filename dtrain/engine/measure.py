@@ -93,7 +93,7 @@ class _Alone(AbstractComm):
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = 0, 1, device
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def sum(self, values: Sequence[float], *, step: int | None = None) -> list[float]:
         return list(values)
 
     def max(self, values: Sequence[float]) -> list[float]:

@@ -48,18 +48,18 @@ class Limit:
 
 def train_step(  # noqa: PLR0913 - it is all that a step is made of
                batches: Sequence[Batch], strategy: AbstractStrategy, objective: Objective, comm: AbstractComm,
-               *, lr: float, before: Before | None = None,
+               *, step: int, lr: float, before: Before | None = None,
                updating: Callable[[], None] = lambda: None, limit: Limit | None = None,
                term: Callable[[], tuple[str, torch.Tensor] | None] | None = None) -> StepResult:  # fmt: skip
-    """Forward and backward over this rank's micro-batches, then one update. Collective. `before` sees the micro-batches
-    first; `updating` hears that the update begins; `term`, asked after the last forward, is what the tuning adds to the
-    mean loss, the same on every rank, and is told besides it.
+    """Forward and backward over this rank's micro-batches, then one update. Collective. `step`: how many were done;
+    `before` sees the micro-batches first; `updating` hears that the update begins; `term`, asked after the last
+    forward, is what the tuning adds to the mean loss, the same on every rank, and is told besides it.
 
-    Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number, and LeapError
-    where the loss is above `limit`.
+    Raises NonFiniteError on every rank, before the update, where the loss or a gradient is not a number, LeapError
+    where the loss is above `limit`, and DivergedError where the ranks are not at the same step.
     """
     counts = [sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)]
-    num_targets, num_tokens = (int(n) for n in comm.sum(counts))
+    num_targets, num_tokens = (int(n) for n in comm.sum(counts, step=step))
     if before is not None:
         batches = before([batch.to(comm.device) for batch in batches], held_out=False)
     losses, extras = [], []

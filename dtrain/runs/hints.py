@@ -49,6 +49,9 @@ _HINTS = (
           "the GPU itself seems sick: look at `nvidia-smi -q` and `dmesg` on that host, and leave the host out"),
     _Hint(r"device-side assert triggered|an illegal memory access was encountered",
           "a kernel failed, and the stack shows a later call: CUDA_LAUNCH_BLOCKING=1 shows the right one"),
+    _Hint(r"Is there a distributed collective mismatch",
+          "a rank did not make the collectives that the others made: a part of a step was left out there, as where "
+          "code of your own has caught an error"),
     _Hint(r"Watchdog caught collective operation timeout|collective operation timeout|NCCL.*timed? ?out"
           r"|timed out waiting \d+ ?ms for|Wait timeout",
           "a rank did not come to a collective in time: look at the other ranks' logs for what held it up; "

@@ -53,10 +53,11 @@ class Solo(AbstractComm):
 
     rank, size, device = 0, 1, CPU
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def sum(self, values: Sequence[float], *, step: int | None = None) -> list[float]:
         return list(values)
 
-    max = sum
+    def max(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
     def gather(self, value: str) -> list[str]:
         return [value]

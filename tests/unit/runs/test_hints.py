@@ -43,6 +43,9 @@ def test_out_of_memory_names_the_micro_batch_to_use(type_: str, message: str) ->
     ("[Errno 98] Address already in use", "launcher.port=auto"),
     ("/env/flash_attn_2_cuda.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c105ErrorC2ENS_14SourceLocationE",
      "built for another torch"),
+    ("terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  [enforce fail at /pytorch/"
+     "third_party/gloo/gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 20288 vs 8. Received data size "
+     "doesn't match expected size. Is there a distributed collective mismatch in your code?", "a part of a step"),
     ("FlashAttention only supports Ampere GPUs or newer.", "model.attention=sdpa"),
     ("CUDA error: no kernel image is available for execution on the device", "not built for this GPU"),
     ("The NVIDIA driver on your system is too old (found version 11040).", "driver is older"),
