@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,8 @@ def main() -> int:
     print(
         f"seed {args.seed}: {lives} lives in {attempts} attempts, {sum(soak.met.values())} accidents, {len(soak.wrong)} wrong"
     )
+    if not soak.wrong:  # else for whoever looks for the cause
+        shutil.rmtree(folder)
     return bool(soak.wrong)
 
 
