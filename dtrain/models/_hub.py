@@ -32,12 +32,17 @@ def local_config(path: str, revision: str | None, *, folders_only: bool = False)
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Raises ModelError."""
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        return read_json(folder / "config.json")
     except FileNotFoundError as e:
         raise ModelError(f"model.path: {folder} has no config.json, so it is not a model folder; give the folder that "
                          f"has it") from e  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One of the JSON files of a model's folder. Raises ModelError, and FileNotFoundError where it is not there."""
+    try:
+        config = json.loads(path.read_bytes())
     except ValueError as e:
         raise ModelError(f"model.path: {path} is not JSON ({e}); fetch it again") from e
     assert isinstance(config, dict), path

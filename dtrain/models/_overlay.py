@@ -13,6 +13,7 @@ from typing import Any
 
 from dtrain.errors import ModelError
 from dtrain.folders import whole_folder
+from dtrain.models._hub import read_json
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _SPARE = re.compile(r"pad|reserved|unused|control_|extra_id", re.IGNORECASE)
@@ -103,14 +104,7 @@ def _digest(folder: Path, pad_token: str | None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ModelError(f"model.path: {path} is not JSON ({e}); fetch it again") from e
-    assert isinstance(config, dict), path
-    return config
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
